@@ -1,0 +1,51 @@
+# Every target runs with python3 as it is where that has what the target needs, else with .venv,
+# which is made on first use (tools/python_for.sh). PYTHON=... names another. ARGS=... goes to the
+# command: make demo ARGS=--no-bench, make gpu-bench ARGS="--suite core".
+.DEFAULT_GOAL := help
+.PHONY: help demo test gpu-test gpu-bench lint format clean
+SHELL := /bin/bash
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PYTHON
+ARGS ?=
+
+# $(call python_with,MODULES): sets $$py to a Python that has them, and shows the commands after it.
+python_with = py=$$(tools/python_for.sh $(1)) && set -x
+CHECKERS := torch ruff== mypy== clang-format==
+CSRC = $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu)
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: ## build, swap, check, train on real images, compare speeds (CPU or GPU)
+	@$(call python_with,torch numpy sklearn matplotlib tqdm) && \
+	$$py -m crate_kernels demo $(ARGS)
+
+test: ## every test that needs no GPU
+	@$(call python_with,torch triton numpy einops sklearn matplotlib tqdm pytest) && \
+	TRITON_INTERPRET=1 $$py -m pytest tests/interpreter -q $(ARGS) && \
+	$$py -m pytest tests -m "not gpu" --ignore=tests/interpreter $(ARGS)
+
+gpu-test: ## the tests that need a CUDA device
+	@$(call python_with,torch triton numpy pytest) && \
+	$$py -c 'import torch; torch.cuda.is_available() or exit("gpu-test: no CUDA device here")' && \
+	$$py -m pytest tests/gpu -q $(ARGS)
+
+gpu-bench: ## all benchmarks, into docs/results
+	@$(call python_with,torch triton matplotlib) && \
+	$$py -c 'import torch; torch.cuda.is_available() or exit("gpu-bench: no CUDA device here")' && \
+	$$py -m crate_kernels bench --suite all --out docs/results $(ARGS)
+
+lint: ## style, types, formatting
+	@$(call python_with,$(CHECKERS)) && \
+	$$py -m ruff check && \
+	$$py -m ruff format --check && \
+	$$py -m mypy $(if $(CSRC),&& $$(dirname $$py)/clang-format --dry-run -Werror $(CSRC))
+
+format: ## put the code into the shape that lint wants
+	@$(call python_with,$(CHECKERS)) && \
+	$$py -m ruff check --fix && \
+	$$py -m ruff format $(if $(CSRC),&& $$(dirname $$py)/clang-format -i $(CSRC))
+
+clean: ## remove what the other targets made, .venv included
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .benchmarks build dist demo_output *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

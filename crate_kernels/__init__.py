@@ -1,0 +1,60 @@
+"""Fused kernels for CRATE, the white-box transformer (arXiv 2311.13110).
+
+Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, each with its ``*_reference`` twin.
+Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import models, nn
+from .backends import Explanation
+from .ista.op import explain_ista, ista
+from .ista.reference import ista_reference, ista_reference_backward
+from .mssa.op import explain_mssa, explain_tied_attention, mssa, tied_attention
+from .mssa.reference import (
+    mssa_reference,
+    mssa_reference_backward,
+    tied_attention_reference,
+    tied_attention_reference_backward,
+)
+from .nn.fusion import fuse, unfuse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "explain",
+    "fuse",
+    "ista",
+    "ista_reference",
+    "ista_reference_backward",
+    "models",
+    "mssa",
+    "mssa_reference",
+    "mssa_reference_backward",
+    "nn",
+    "tied_attention",
+    "tied_attention_reference",
+    "tied_attention_reference_backward",
+    "unfuse",
+]
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backends fit ``op`` called with these arguments, and why the others do not.
+
+    ``print(crate_kernels.explain("mssa", x, w_qkv, w_out, b_out, heads=12))``. ``op`` is
+    "mssa", "tied_attention" or "ista"; the other arguments are that op's own (without backend).
+    Bad arguments raise as the op itself would.
+    """
+    explainers: dict[str, Callable[..., Explanation]] = {
+        "mssa": explain_mssa,
+        "tied_attention": explain_tied_attention,
+        "ista": explain_ista,
+    }
+    if op not in explainers:
+        raise ValueError(f"explain: expected op to be one of {sorted(explainers)}, got {op!r}")
+    return explainers[op](*args, **kwargs)

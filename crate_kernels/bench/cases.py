@@ -1,0 +1,305 @@
+"""A workload with its tensors: what one call is, and what it must compute in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ista.reference import ista_reference, ista_reference_backward
+from ..mssa.reference import (
+    mssa_reference,
+    mssa_reference_backward,
+    tied_attention_reference,
+    tied_attention_reference_backward,
+)
+from .check import Outputs
+from .peers import LAMBD, STEP_SIZE, Candidate, build_unfused
+from .roofline import cost
+from .timing import Step, input_sets
+from .workloads import CLASSES, Workload
+
+MAX_SCORES = 1 << 27  # score elements of one step of the float64 reference (1 GiB)
+LEAVES = {
+    "core": ("w",),
+    "mssa": ("x", "w_qkv", "w_out", "b_out"),
+    "ista": ("x", "weight"),
+}
+
+
+def autocast(w: Workload, device: torch.device) -> contextlib.AbstractContextManager:
+    wanted = w.autocast or w.suite == "model"
+    if not wanted or w.torch_dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=w.torch_dtype)
+
+
+def _chunks(w: Workload) -> Iterator[slice]:
+    per_chunk = max(1, MAX_SCORES // (w.heads * w.tokens**2))
+    for start in range(0, w.batch, per_chunk):
+        yield slice(start, start + per_chunk)
+
+
+# ---- layers
+
+
+@dataclass
+class LayerCase:
+    """A layer's weights, and pairs of input and upstream gradient to rotate among."""
+
+    w: Workload
+    device: torch.device
+    weights: list[Tensor]
+    inputs: list[Tensor]
+    upstream: list[Tensor]
+    built: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def make(w: Workload, device: torch.device, generator: torch.Generator) -> LayerCase:
+        def uniform(bound: float, *shape: int) -> Tensor:
+            t = torch.rand(shape, device=device, generator=generator)
+            return ((2 * t - 1) * bound).to(w.storage_dtype).requires_grad_()
+
+        def normal(dtype: torch.dtype, *shape: int, std: float = 1.0) -> Tensor:
+            return (std * torch.randn(shape, device=device, generator=generator)).to(dtype)
+
+        inner, rows = w.heads * w.head_dim, (w.batch, w.tokens)
+        # As initialised and normed in a model: Linear's and kaiming's bounds, w of variance 1/3.
+        weights = {
+            "core": lambda: [],
+            "mssa": lambda: [
+                uniform(w.width**-0.5, inner, w.width),
+                uniform(inner**-0.5, w.width, inner),
+                uniform(inner**-0.5, w.width),
+            ],
+            "ista": lambda: [uniform((6 / w.width) ** 0.5, w.width, w.width)],
+        }[w.suite]()
+        width, std = (inner, 3**-0.5) if w.suite == "core" else (w.width, 1.0)
+        sets = input_sets(cost(w).bytes, device)
+        y_dtype = w.storage_dtype if w.suite == "ista" else w.torch_dtype
+        inputs = [
+            normal(w.storage_dtype, *rows, width, std=std).requires_grad_() for _ in range(sets)
+        ]
+        upstream = [normal(y_dtype, *rows, width) for _ in range(sets)]
+        return LayerCase(w, device, weights, inputs, upstream)
+
+    @property
+    def sets(self) -> int:
+        return len(self.inputs)
+
+    def resident(self, candidate: Candidate) -> int:
+        """Bytes of the tensors one call is given."""
+        tensors = [*self.weights, self.inputs[0]]
+        tensors += [] if self.w.mode == "forward" else [self.upstream[0]]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def function(self, candidate: Candidate) -> Callable[..., Tensor]:
+        if candidate.name not in self.built:
+            self.built[candidate.name] = candidate.build_layer(self.w)
+        return self.built[candidate.name]
+
+    def step(self, candidate: Candidate, i: int) -> Step:
+        """One timed call on input set i."""
+        function = self.function(candidate)
+        leaves, dy = [self.inputs[i], *self.weights], self.upstream[i]
+
+        def forward() -> Tensor:
+            with autocast(self.w, self.device):
+                return function(*leaves)
+
+        def inference() -> Tensor:
+            with torch.no_grad():
+                return forward()
+
+        if self.w.mode == "forward":
+            return inference
+        if self.w.mode == "backward":
+            y = forward()
+            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        return lambda: torch.autograd.grad(forward(), leaves, dy)
+
+    def outputs(self, candidate: Candidate) -> Outputs:
+        """What the gate compares: the output and, if the mode has them, all gradients (set 0)."""
+        function = self.function(candidate)
+        leaves, dy = [self.inputs[0], *self.weights], self.upstream[0]
+        with_gradients = self.w.mode != "forward"
+        with torch.set_grad_enabled(with_gradients), autocast(self.w, self.device):
+            y = function(*leaves)
+        if not with_gradients:
+            return {"output": y}
+        gradients = torch.autograd.grad(y, leaves, dy)
+        return {"output": y.detach(), **dict(zip(self._gradient_names(), gradients, strict=True))}
+
+    def _gradient_names(self) -> list[str]:
+        return [f"d{name}" for name in LEAVES[self.w.suite]]
+
+    @torch.no_grad()
+    def reference(self) -> Outputs:
+        """The same from the reference formulas in float64, a part of the batch at a time."""
+        weights = [t.double() for t in self.weights]
+        if self.w.suite == "ista":
+            self._keep_off_the_threshold(weights[0])
+        y, gradients = [], []
+        for part in _chunks(self.w):
+            x, dy = self.inputs[0][part].double(), self.upstream[0][part].double()
+            y.append(self._reference_forward(x, *weights))
+            if self.w.mode != "forward":
+                gradients.append(self._reference_backward(dy, x, *weights))
+        result = {"output": torch.cat(y)}
+        for i, name in enumerate(self._gradient_names() if gradients else ()):
+            parts = [g[i] for g in gradients]
+            result[name] = torch.cat(parts) if i == 0 else torch.stack(parts).sum(0)
+        return result
+
+    def _keep_off_the_threshold(self, weight: Tensor) -> None:
+        """No gradient where the ReLU's input is within rounding of 0: either side is right."""
+        x = self.inputs[0].double()
+        before = x + STEP_SIZE * ((x - x @ weight.T) @ weight) - STEP_SIZE * LAMBD
+        near = before.abs() < 16 * torch.finfo(self.w.torch_dtype).eps
+        self.upstream[0].masked_fill_(near, 0)
+
+    def _reference_forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+        if self.w.suite == "ista":
+            return ista_reference(x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
+        function = tied_attention_reference if self.w.suite == "core" else mssa_reference
+        return function(x, *weights, heads=self.w.heads, causal=self.w.causal)
+
+    def _reference_backward(self, dy: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        if self.w.suite == "ista":
+            return ista_reference_backward(dy, x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
+        heads, causal = self.w.heads, self.w.causal
+        if self.w.suite == "core":
+            return (tied_attention_reference_backward(dy, x, heads=heads, causal=causal),)
+        gradients = mssa_reference_backward(dy, x, *weights, heads=heads, causal=causal)
+        return tuple(g for g in gradients if g is not None)
+
+
+# ---- models
+
+
+@dataclass
+class ModelCase:
+    """The unfused model every candidate starts from, and one batch of random images."""
+
+    w: Workload
+    device: torch.device
+    base: nn.Module
+    images: Tensor
+    labels: Tensor
+    generator: torch.Generator
+    built: dict[str, nn.Module] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    sets: int = 1
+
+    @staticmethod
+    def make(w: Workload, device: torch.device, generator: torch.Generator) -> ModelCase:
+        base = build_unfused(w, device).train(w.mode != "forward")
+        case = ModelCase(w, device, base, torch.empty(0), torch.empty(0), generator)
+        case.draw()
+        return case
+
+    def draw(self) -> None:
+        """Fresh images and labels."""
+        options: Any = {"device": self.device, "generator": self.generator}
+        self.images = torch.randn(self.w.batch, 3, 224, 224, **options)
+        self.labels = torch.randint(CLASSES, (self.w.batch,), **options)
+        self.scales.clear()
+
+    def resident(self, candidate: Candidate) -> int:
+        """Bytes of the parameters and images."""
+        tensors = [self.images, *self.module(candidate).parameters()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def module(self, candidate: Candidate) -> nn.Module:
+        """The same at every call: it is compiled once."""
+        if candidate.name not in self.built:
+            model = copy.deepcopy(self.base)
+            self.built[candidate.name] = candidate.build_model(self.w, model)
+        return self.built[candidate.name]
+
+    def step(self, candidate: Candidate, i: int) -> Step:
+        """One inference, or one whole training step: forward, backward, fused AdamW."""
+        if candidate.name not in self.steps:
+            model = self.module(candidate)
+            inference = self.w.mode == "forward"
+            self.steps[candidate.name] = (
+                (lambda: self._inference(model)) if inference else self._training_step(model)
+            )
+        return self.steps[candidate.name]
+
+    def _training_step(self, model: nn.Module) -> Step:
+        capturable = self.device.type == "cuda"  # so that the step can go into a CUDA graph
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-5, fused=True, capturable=capturable
+        )
+
+        def train() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            self._loss(model)[0].backward()
+            optimizer.step()
+
+        return train
+
+    def _loss(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        with autocast(self.w, self.device):
+            logits = model(self.images)
+            return F.cross_entropy(logits, self.labels), logits
+
+    def _inference(self, model: nn.Module) -> Tensor:
+        with torch.no_grad(), autocast(self.w, self.device):
+            return model(self.images)
+
+    def outputs(self, candidate: Candidate) -> Outputs:
+        """Logits and, of a training step, all gradients as one vector (see _flatten)."""
+        model = self.module(candidate)
+        if self.w.mode == "forward":
+            return {"output": self._inference(model)}
+        loss, logits = self._loss(model)
+        loss.backward()
+        return {"output": logits.detach(), "gradients": self._flatten(model)}
+
+    def _flatten(self, model: nn.Module) -> Tensor:
+        """Every parameter's gradient over its RMS in float64, so that each weighs the same."""
+        gradients = {
+            name.removeprefix("_orig_mod."): p.grad.double()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+        model.zero_grad(set_to_none=True)
+        if not self.scales:  # the reference comes first
+            for name, g in gradients.items():
+                self.scales[name] = float(g.square().mean().sqrt()) or 1.0
+        return torch.cat([gradients[name].flatten() / s for name, s in self.scales.items()])
+
+    def reference(self) -> Outputs:
+        """The unfused model in float64, a part of the batch at a time."""
+        model = copy.deepcopy(self.base).double()
+        with_gradients = self.w.mode != "forward"
+        logits = []
+        with torch.set_grad_enabled(with_gradients):
+            for images, labels in zip(self.images.split(16), self.labels.split(16), strict=True):
+                logits.append(model(images.double()))
+                if with_gradients:
+                    loss = F.cross_entropy(logits[-1], labels, reduction="sum") / self.w.batch
+                    loss.backward()
+        result = {"output": torch.cat([part.detach() for part in logits])}
+        if with_gradients:
+            result["gradients"] = self._flatten(model)
+        return result
+
+
+Case = LayerCase | ModelCase
+
+
+def make_case(w: Workload, device: torch.device, seed: int) -> Case:
+    generator = torch.Generator(device).manual_seed(seed)
+    if w.suite == "model":
+        return ModelCase.make(w, device, generator)
+    return LayerCase.make(w, device, generator)

@@ -1,0 +1,206 @@
+"""ISTA step with a learned dictionary, White-Box Transformers, arXiv 2311.13110, section 2.
+
+y = relu(x + eta (x W - x W^T W) - eta lambda)                        as published: 3 GEMMs
+  = relu(x + x G - eta lambda),         G = eta (W - W^T W)           here: 1 GEMM
+g = dy * 1[y > 0],  dx = g + g G^T,  M = x^T g,  dW = eta (M - W (M + M^T))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import check_number, check_tensors, refuse
+from ..library import autocast_dtype, define, define_gradient
+from . import torch_kernels
+from .gram_cache import cached_gram
+
+
+def ista(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+    backend: str = "auto",
+) -> Tensor:
+    r"""One ISTA step: a gradient step on the sparse code of x, then a soft threshold.
+
+    .. math:: y = \mathrm{relu}(x + \eta (x W - x W^T W) - \eta \lambda)
+
+    In the paper's column form :math:`z + \eta D^T (z - D z)` with D = W. The kernels use
+    :math:`G = \eta (W - W^T W)`, so that the tokens go through one GEMM instead of three; where
+    there are fewer tokens than D, through two with W itself. Where no gradient is wanted, G is
+    kept from one call to the next; each call compares W with the W that G was made from (on the
+    device, bit by bit), so a changed weight is never missed.
+
+    Args:
+        x: tokens (..., D).
+        weight: dictionary W (D, D), as the published FeedForward stores it.
+        step_size: eta >= 0.
+        lambd: sparsity penalty lambda >= 0.
+        backend: "auto", "triton" or "reference"; see :func:`crate_kernels.explain`.
+
+    Returns:
+        Shaped as x, contiguous. Under autocast the GEMM runs in autocast's dtype while x is
+        added in its own, so the dtype is the published layer's: float32 for float32 x.
+
+    Dtypes: float16, bfloat16, float32 (which honours ``torch.get_float32_matmul_precision()``),
+    float64 (by the reference backend).
+
+    Raises:
+        ValueError: shapes, devices, a negative step_size or lambd, or a backend that do not fit.
+        TypeError: not tensors, not floating, or of mixed dtypes with autocast off.
+
+    Source: arXiv 2311.13110, ISTA block (eq. 17 there). Derivation: docs/ista.md.
+    """
+    _check_ista(x, weight, step_size, lambd)
+    xc = x.detach().to(autocast_dtype(x))
+    backend = backends.choose("ista", backend, x, xc.dtype, None)
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not wants_gradient and not torch.compiler.is_compiling():
+        gram = cached_gram(weight, step_size, xc.dtype, _kernels(backend))
+        if gram is not None:
+            return torch.ops.crate_kernels.ista_apply(x, xc, gram, step_size * lambd, backend)
+    y, _ = torch.ops.crate_kernels.ista(x, xc, weight, float(step_size), float(lambd), backend)
+    return y
+
+
+def explain_ista(
+    x: Tensor, weight: Tensor, *, step_size: float = 0.1, lambd: float = 0.1
+) -> backends.Explanation:
+    """Which backends fit these arguments of :func:`ista`, and why the others do not."""
+    _check_ista(x, weight, step_size, lambd)
+    return backends.explain("ista", x, autocast_dtype(x), None)
+
+
+def _check_ista(x: Tensor, weight: Tensor, step_size: float, lambd: float) -> None:
+    check_tensors("ista", {"x": x, "weight": weight})
+    if weight.dim() != 2 or weight.shape[0] != weight.shape[1] or weight.shape[0] == 0:
+        refuse("ista", "weight of shape (D, D) with D > 0", tuple(weight.shape))
+    if x.dim() < 1 or x.shape[-1] != weight.shape[0]:
+        refuse("ista", f"x of shape (..., D) with D = {weight.shape[0]}", tuple(x.shape))
+    if x.dim() > 2 and x.shape[-2] == 0:
+        refuse("ista", "x of shape (..., N, D) with N > 0", tuple(x.shape))
+    check_number("ista", "step_size", step_size)
+    check_number("ista", "lambd", lambd)
+
+
+# ---- registration: crate_kernels::ista, its backward, and the inference form with a ready G
+
+
+def _kernels(backend: str) -> Any:
+    """The module that runs ``backend``; Triton is imported at the first launch, not before."""
+    if backend == "triton":
+        from . import triton_kernels
+
+        return triton_kernels
+    return torch_kernels
+
+
+def _output_like(x: Tensor, xc: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, xc.dtype))
+
+
+def _through_gram(x: Tensor) -> bool:
+    """One GEMM with G pays for making G once there are as many tokens as columns."""
+    return x.numel() // x.shape[-1] >= x.shape[-1]
+
+
+def _forward(
+    x: Tensor, xc: Tensor, weight: Tensor, step_size: float, lambd: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    kernels = _kernels(backend)
+    if _through_gram(x):
+        gram = kernels.make_gram(weight, step_size, xc.dtype)
+        return kernels.apply_gram(x, xc, gram, step_size * lambd), gram
+    return kernels.apply_weight(x, xc, weight, step_size, step_size * lambd), xc.new_empty(0, 0)
+
+
+def _forward_fake(
+    x: Tensor, xc: Tensor, weight: Tensor, step_size: float, lambd: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _output_like(x, xc), xc.new_empty(weight.shape if _through_gram(x) else (0, 0))
+
+
+def _backward(
+    dy: Tensor,
+    y: Tensor,
+    xc: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    step_size: float,
+    x_dtype: torch.dtype,
+    wants_x: bool,
+    wants_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernels = _kernels(backend)
+    run = kernels.backward_gram if gram.numel() > 0 else kernels.backward_weight
+    dx, dw = run(dy, y, xc, weight, gram, step_size, x_dtype, wants_x, wants_weight)
+    empty = xc.new_empty(0)
+    return (dx if wants_x else empty), (dw if wants_weight else empty.clone())
+
+
+def _backward_fake(
+    dy: Tensor,
+    y: Tensor,
+    xc: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    step_size: float,
+    x_dtype: torch.dtype,
+    wants_x: bool,
+    wants_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dx = xc.new_empty(xc.shape, dtype=x_dtype) if wants_x else xc.new_empty(0)
+    return dx, (weight.new_empty(weight.shape) if wants_weight else xc.new_empty(0))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, xc, weight, ctx.step_size, _, ctx.backend = inputs
+    y, gram = output
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(y, xc, weight, gram)
+    ctx.mark_non_differentiable(gram)
+
+
+def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    wants_x, _, wants_weight, *_ = ctx.needs_input_grad
+    dx, dw = torch.ops.crate_kernels.ista_backward(
+        dy, *ctx.saved_tensors, ctx.step_size, ctx.x_dtype, wants_x, wants_weight, ctx.backend
+    )
+    return (dx if wants_x else None), None, (dw if wants_weight else None), None, None, None
+
+
+def _apply(x: Tensor, xc: Tensor, gram: Tensor, threshold: float, backend: str) -> Tensor:
+    return _kernels(backend).apply_gram(x, xc, gram, threshold)
+
+
+def _apply_fake(x: Tensor, xc: Tensor, gram: Tensor, threshold: float, backend: str) -> Tensor:
+    return _output_like(x, xc)
+
+
+# xc is x in the dtype of the GEMM (x itself where that is its own); all gradient goes to x.
+define(
+    "ista(Tensor x, Tensor xc, Tensor weight, float step_size, float lambd, str backend)"
+    " -> (Tensor y, Tensor gram)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "ista_backward(Tensor dy, Tensor y, Tensor xc, Tensor weight, Tensor gram, float step_size,"
+    " ScalarType x_dtype, bool wants_x, bool wants_weight, str backend) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+define_gradient("ista", _gradient, _save)
+define(
+    "ista_apply(Tensor x, Tensor xc, Tensor gram, float threshold, str backend) -> Tensor",
+    _apply,
+    _apply_fake,
+)

@@ -1,0 +1,71 @@
+"""How every op of this package reaches torch: one ``torch.library`` entry each.
+
+An op is a schema, an implementation, a shape rule (the "fake" implementation that
+``torch.compile`` traces) and its hand-written gradient. Importing this registers names only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("crate_kernels", "DEF")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``crate_kernels::<schema>`` on all devices."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, _in_its_own_dtypes(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"crate_kernels::{name}", fake, lib=LIBRARY)
+
+
+def define_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> None:
+    """Give ``crate_kernels::<name>`` a gradient, and its backward op a refusal of a second."""
+    torch.library.register_autograd(
+        f"crate_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{name}: double backward is not implemented; expected first-order gradients, "
+            f"got create_graph=True (use {name}_reference for higher orders)"
+        )
+
+    torch.library.register_autograd(f"crate_kernels::{name}_backward", refuse, lib=LIBRARY)
+
+
+def _in_its_own_dtypes(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run with autocast off: the public functions have already chosen every dtype."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args)
+
+    return run
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """The dtype a GEMM would take ``t`` in here: autocast's, or its own (float64 always)."""
+    available = torch.amp.is_autocast_available(t.device.type)
+    if t.dtype != torch.float64 and available and torch.is_autocast_enabled(t.device.type):
+        return torch.get_autocast_dtype(t.device.type)
+    return t.dtype
+
+
+def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device that holds ``t``, whichever is current."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()

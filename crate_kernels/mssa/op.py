@@ -1,0 +1,228 @@
+"""Multi-head subspace self-attention (MSSA), White-Box Transformers, arXiv 2311.13110, section 2.
+
+w = x U^T                     one projection is query, key and value
+o_h = softmax(scale w_h w_h^T) w_h                   for each head h
+y = o W_out^T + b
+dw = P^T dO + scale (dS + dS^T) w,  dS = P * (dP - rowsum(dO * O)),  dP = dO w^T
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..checks import check_heads, check_number, check_tensors, refuse
+from ..library import autocast_dtype, define, define_gradient
+from . import torch_kernels
+
+
+def mssa(
+    x: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""One multi-head subspace self-attention step, without norm and residual.
+
+    .. math:: y = \mathrm{concat}_h(\mathrm{softmax}(s\, w_h w_h^T)\, w_h)\, W_{out}^T + b,
+              \qquad w = x W_{qkv}^T
+
+    where :math:`w_h` is head h's slice of w, a set of tokens in the subspace :math:`U_h`.
+
+    Args:
+        x: tokens (B, N, D).
+        w_qkv: the tied projection (heads*head_dim, D): query, key and value at once.
+        w_out: output projection (D, heads*head_dim), or None to return the heads as they are
+            (the published Identity case).
+        b_out: bias (D,) of the output projection, or None.
+        heads: number of heads; must divide ``w_qkv.shape[0]``.
+        scale: factor on the scores, > 0; head_dim**-0.5 by default.
+        causal: let token i see tokens 0..i only.
+        backend: "auto", "triton" or "reference"; see :func:`crate_kernels.explain`.
+
+    Returns:
+        (B, N, D), or (B, N, heads*head_dim) without w_out. The dtype is that of
+        ``F.linear``: autocast's where autocast is on, else that of x.
+
+    Dtypes: float16, bfloat16, float32 (which honours ``torch.get_float32_matmul_precision()``),
+    float64 (by the reference backend). Statistics and sums are kept in float32 or better.
+
+    Raises:
+        ValueError: shapes, devices, heads or a backend that do not fit.
+        TypeError: not tensors, not floating, or of mixed dtypes with autocast off.
+
+    Source: arXiv 2311.13110, MSSA operator (eq. 13 there: SSA of each head, summed by W_out).
+    """
+    _check_mssa(x, w_qkv, w_out, b_out, heads)
+    _check_options("mssa", scale, causal)
+    head_dim = w_qkv.shape[0] // heads
+    backend = backends.choose("mssa", backend, x, autocast_dtype(x), head_dim)
+    w = F.linear(x, w_qkv)
+    o = tied_attention(w, heads=heads, scale=scale, causal=causal, backend=backend)
+    return o if w_out is None else F.linear(o, w_out, b_out)
+
+
+def tied_attention(
+    w: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Attention whose query, key and value are one tensor: the core of :func:`mssa`.
+
+    .. math:: o_h = \mathrm{softmax}(s\, w_h w_h^T)\, w_h
+
+    Args:
+        w: projected tokens (B, N, heads*head_dim).
+        heads, scale, causal, backend, dtypes and errors: as in :func:`mssa`.
+
+    Returns:
+        (B, N, heads*head_dim), contiguous, of w's dtype (autocast's where it is on).
+
+    Source: arXiv 2311.13110, SSA operator. The gradient is one pass over pairs of row tiles,
+    bitwise repeatable; its derivation is in docs/mssa.md.
+    """
+    _check_core(w, heads)
+    _check_options("tied_attention", scale, causal)
+    head_dim = w.shape[2] // heads
+    scale = head_dim**-0.5 if scale is None else scale
+    w = w.to(autocast_dtype(w))
+    backend = backends.choose("tied_attention", backend, w, w.dtype, head_dim)
+    o, _ = torch.ops.crate_kernels.tied_attention(w, heads, float(scale), causal, backend)
+    return o
+
+
+def explain_mssa(
+    x: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+) -> backends.Explanation:
+    """Which backends fit these arguments of :func:`mssa`, and why the others do not."""
+    _check_mssa(x, w_qkv, w_out, b_out, heads)
+    _check_options("mssa", scale, causal)
+    return backends.explain("mssa", x, autocast_dtype(x), w_qkv.shape[0] // heads)
+
+
+def explain_tied_attention(
+    w: Tensor, *, heads: int, scale: float | None = None, causal: bool = False
+) -> backends.Explanation:
+    """Which backends fit these arguments of :func:`tied_attention`, and why the others do not."""
+    _check_core(w, heads)
+    _check_options("tied_attention", scale, causal)
+    return backends.explain("tied_attention", w, autocast_dtype(w), w.shape[-1] // heads)
+
+
+def _check_core(w: Tensor, heads: int) -> None:
+    check_tensors("tied_attention", {"w": w})
+    if w.dim() != 3 or w.shape[1] == 0:
+        refuse("tied_attention", "w of shape (B, N, heads*head_dim), N > 0", tuple(w.shape))
+    check_heads("tied_attention", heads, w.shape[2])
+
+
+def _check_options(op: str, scale: float | None, causal: bool) -> None:
+    if scale is not None:
+        check_number(op, "scale", scale, above_zero=True)
+    if not isinstance(causal, bool):
+        refuse(op, "causal to be a bool", type(causal).__name__, TypeError)
+
+
+def _check_mssa(
+    x: Tensor, w_qkv: Tensor, w_out: Tensor | None, b_out: Tensor | None, heads: int
+) -> None:
+    check_tensors("mssa", {"x": x, "w_qkv": w_qkv}, {"w_out": w_out, "b_out": b_out})
+    if w_qkv.dim() != 2:
+        refuse("mssa", "w_qkv of shape (heads*head_dim, D)", tuple(w_qkv.shape))
+    inner, width = w_qkv.shape
+    if x.dim() != 3 or x.shape[2] != width or x.shape[1] == 0:
+        refuse("mssa", f"x of shape (B, N, D) with N > 0 and D = {width}", tuple(x.shape))
+    check_heads("mssa", heads, inner)
+    if w_out is not None and w_out.shape != (width, inner):
+        refuse("mssa", f"w_out of shape (D, heads*head_dim) = {(width, inner)}", tuple(w_out.shape))
+    if b_out is not None and w_out is None:
+        refuse("mssa", "b_out only together with w_out", "b_out without w_out")
+    if b_out is not None and b_out.shape != (width,):
+        refuse("mssa", f"b_out of shape (D,) = {(width,)}", tuple(b_out.shape))
+
+
+# ---- registration: crate_kernels::tied_attention and its backward
+
+
+def _kernels(backend: str) -> Any:
+    """The module that runs ``backend``; Triton is imported at the first launch, not before."""
+    if backend == "triton":
+        from . import triton_kernels
+
+        return triton_kernels
+    return torch_kernels
+
+
+def _forward(
+    w: Tensor, heads: int, scale: float, causal: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _kernels(backend).forward(w, heads, scale, causal)
+
+
+def _forward_fake(
+    w: Tensor, heads: int, scale: float, causal: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    lse = w.new_empty(w.shape[0], heads, w.shape[1], dtype=torch_kernels.lse_dtype(w))
+    return w.new_empty(w.shape), lse
+
+
+def _backward(
+    do: Tensor,
+    w: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    heads: int,
+    scale: float,
+    causal: bool,
+    backend: str,
+) -> Tensor:
+    return _kernels(backend).backward(do, w, o, lse, heads, scale, causal)
+
+
+def _backward_fake(do: Tensor, w: Tensor, *rest: Any) -> Tensor:
+    return w.new_empty(w.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    w, *ctx.options = inputs
+    ctx.save_for_backward(w, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    dw = torch.ops.crate_kernels.tied_attention_backward(do, *ctx.saved_tensors, *ctx.options)
+    return dw, None, None, None, None
+
+
+define(
+    "tied_attention(Tensor w, int heads, float scale, bool causal, str backend)"
+    " -> (Tensor o, Tensor lse)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "tied_attention_backward(Tensor do, Tensor w, Tensor o, Tensor lse, int heads, float scale,"
+    " bool causal, str backend) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+define_gradient("tied_attention", _gradient, _save)

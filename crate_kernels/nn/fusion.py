@@ -1,0 +1,148 @@
+"""fuse(model) swaps our layers into an existing model, in place; unfuse(model) swaps them back.
+
+A swap changes the class of the module and nothing else, so parameters, hooks, names, and whoever
+holds the module stay as they are. The class it had is kept in its ``_unfused_class``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..checks import refuse
+from .layers import ISTA, MSSA, unfused_reason
+from .recognition import Verdicts, looks_like, reason_against
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a report. ``kind`` is "MSSA" or "ISTA"; ``reason`` says why it was skipped,
+    or what to know about a swapped one ("" if nothing)."""
+
+    name: str
+    kind: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.name or '(the model itself)'} ({self.kind})"
+        return f"{text}: {self.reason}" if self.reason else text
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`fuse` or :func:`unfuse` did; as many as, and true if any, were swapped."""
+
+    replaced: list[Layer] = field(default_factory=list)
+    skipped: list[Layer] = field(default_factory=list)
+    verb: str = "replaced"
+
+    def __len__(self) -> int:
+        return len(self.replaced)
+
+    def __str__(self) -> str:
+        count = ", ".join(_counts(self.replaced)) or "nothing"
+        lines = [f"{self.verb} {count}; skipped {len(self.skipped)}"]
+        if not self.replaced and not self.skipped:
+            lines = [f"{self.verb} nothing: the model has no layer to swap"]
+        lines += _grouped("note", [layer for layer in self.replaced if layer.reason])
+        lines += _grouped("skipped", self.skipped)
+        return "\n".join(lines)
+
+
+def fuse(model: nn.Module) -> Report:
+    """Run the published MSSA and ISTA layers in ``model`` on this library's ops, from now on.
+
+    Layers are found by what they hold and compute, wherever they were defined: the published
+    CRATE and the encoder of CRATE-MAE, inside DataParallel and DistributedDataParallel too. What
+    only looks like one of them (another forward, a subclass, an instance whose forward was
+    replaced, other children) is left alone and reported. Modules change class in place: parameters,
+    optimizers, hooks, state-dict keys and mode stay. Works on meta-device models; a second call
+    finds nothing to do; a compiled model compiles itself again at its next call.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A printable report with ``replaced`` and ``skipped`` lists of layers, each with ``name``,
+        ``kind`` and ``reason``.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    report = Report()
+    seen: Verdicts = {}
+    for name, module in _layers("fuse", model):
+        kind = looks_like(module)
+        if kind is None:
+            continue
+        fused = isinstance(module, (MSSA, ISTA))
+        reason = "fused already" if fused else reason_against(module, kind, seen)
+        if reason is not None:
+            report.skipped.append(Layer(name, kind.__name__, reason))
+            continue
+        module._unfused_class = type(module)  # type: ignore[assignment]
+        module.__class__ = kind
+        report.replaced.append(Layer(name, kind.__name__, _note(module)))
+    return report
+
+
+def unfuse(model: nn.Module) -> Report:
+    """Give every layer that :func:`fuse` swapped its own class back, in place.
+
+    Layers built as :class:`MSSA` or :class:`ISTA` had no other and are reported as skipped.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    report = Report(verb="restored")
+    for name, module in _layers("unfuse", model):
+        if not isinstance(module, (MSSA, ISTA)):
+            continue
+        kind = "MSSA" if isinstance(module, MSSA) else "ISTA"
+        if "_unfused_class" not in vars(module):
+            reason = f"built as {kind}, not swapped in by fuse"
+        elif type(module) not in (MSSA, ISTA):
+            reason = f"its class became {type(module).__name__} after fuse"
+        else:
+            module.__class__ = vars(module).pop("_unfused_class")
+            report.replaced.append(Layer(name, kind))
+            continue
+        report.skipped.append(Layer(name, kind, reason))
+    return report
+
+
+def _layers(caller: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, under its first name."""
+    if not isinstance(model, nn.Module):
+        refuse(caller, "model to be a torch.nn.Module", type(model).__name__, TypeError)
+    return list(model.named_modules())
+
+
+def _note(module: nn.Module) -> str:
+    """What keeps a freshly swapped layer on its plain forward."""
+    if not isinstance(module, MSSA):
+        return ""
+    drops = [m.p for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if drops:
+        return f"dropout {max(drops):g}: runs unfused while training"
+    reason = unfused_reason(module)
+    return "" if reason is None else f"{reason}: runs unfused"
+
+
+def _counts(layers: list[Layer]) -> list[str]:
+    kinds = [layer.kind for layer in layers]
+    return [f"{kinds.count(kind)} {kind}" for kind in ("MSSA", "ISTA") if kind in kinds]
+
+
+def _grouped(label: str, layers: list[Layer]) -> list[str]:
+    """One line per reason, with how many layers of which kind and the first of them."""
+    reasons: dict[str, list[Layer]] = {}
+    for layer in layers:
+        reasons.setdefault(layer.reason, []).append(layer)
+    lines = []
+    for reason, group in reasons.items():
+        first = group[0].name or "the model itself"
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        lines.append(f"  {label}: {', '.join(_counts(group))}: {reason} ({first}{more})")
+    return lines

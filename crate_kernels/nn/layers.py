@@ -1,0 +1,219 @@
+"""The published CRATE layers, plain (Attention, FeedForward) and on our ops (MSSA, ISTA).
+
+MSSA and ISTA are subclasses that only replace ``forward``: same parameters, attributes, keys and
+initial values, and the plain forward to fall back on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..checks import check_heads, check_number
+from ..ista.op import ista
+from ..mssa.op import mssa
+
+logger = logging.getLogger("crate_kernels")
+
+
+class Attention(nn.Module):
+    r"""Multi-head subspace self-attention of the published CRATE, one child module per step.
+
+    .. math:: y = [o_1, \dots, o_H]\, W_{out}^T + b, \qquad
+              o_h = \mathrm{softmax}(s\, w_h w_h^T)\, w_h, \qquad w = x W_{qkv}^T
+
+    Args:
+        dim: width D of the tokens.
+        heads: number of heads H.
+        dim_head: width of one head; :math:`s` = dim_head**-0.5.
+        dropout: probability for the attention map and for the output.
+        device, dtype: of the parameters.
+
+    Keys: ``qkv.weight`` (H*dim_head, D), ``to_out.0.weight`` (D, H*dim_head), ``to_out.0.bias``
+    (D,); ``to_out`` is an Identity when heads == 1 and dim_head == dim.
+
+    Source: arXiv 2311.13110, section 2, MSSA operator.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        check_heads(type(self).__name__, heads, inner)
+        self.heads = heads
+        self.scale = dim_head**-0.5
+        self.attend = nn.Softmax(dim=-1)
+        self.dropout = nn.Dropout(dropout)
+        self.qkv = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
+        self.to_out: nn.Module = nn.Identity()
+        if not (heads == 1 and dim_head == dim):
+            out = nn.Linear(inner, dim, device=device, dtype=dtype)
+            self.to_out = nn.Sequential(out, nn.Dropout(dropout))
+
+    def forward(
+        self, x: Tensor, return_attention: bool = False, return_key: bool = False
+    ) -> Tensor:
+        """x (B, N, D) -> y (B, N, D).
+
+        With ``return_attention`` the attention map (B, heads, N, N) instead, with ``return_key``
+        the projected tokens w (B, N, heads*dim_head).
+        """
+        w = self.qkv(x)
+        if return_key:
+            return w
+        w = w.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        attn = self.attend(torch.matmul(w, w.transpose(-1, -2)) * self.scale)
+        if return_attention:
+            return attn
+        out = torch.matmul(self.dropout(attn), w)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, scale={self.scale:g}"
+
+
+class FeedForward(nn.Module):
+    r"""ISTA step of the published CRATE, three GEMMs as published.
+
+    .. math:: y = \mathrm{relu}(x + \eta (x W - x W^T W) - \eta \lambda)
+
+    Args:
+        dim: width D of the tokens; ``weight`` is (D, D).
+        step_size: eta >= 0.
+        lambd: lambda >= 0; 0.1 in CRATE, 0.5 in the encoder of CRATE-MAE.
+        device, dtype: of the parameter.
+
+    Source: arXiv 2311.13110, section 2, ISTA block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        step_size: float = 0.1,
+        lambd: float = 0.1,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_number(type(self).__name__, "step_size", step_size)
+        check_number(type(self).__name__, "lambd", lambd)
+        self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
+        self.step_size = step_size
+        self.lambd = lambd
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> y (..., D)."""
+        # In the published order, so that rounding agrees to the last bit, gradients included.
+        predicted = F.linear(F.linear(x, self.weight), self.weight.t())
+        step = self.step_size * (F.linear(x, self.weight.t()) - predicted)
+        return F.relu(x + (step - self.step_size * self.lambd))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, step_size={self.step_size:g}, lambd={self.lambd:g}"
+
+
+class MSSA(Attention):
+    """:class:`Attention` on :func:`crate_kernels.mssa`: formula, arguments and keys are its own.
+
+    Runs its children one by one, as Attention does, whenever the op would pass over something:
+    ``return_attention``; an active dropout; a hook on ``qkv``, ``attend``, ``dropout``, ``to_out``
+    or its children, or on all modules; a child that is parametrized, or no longer the plain
+    ``torch.nn`` layer it was built as (LoRA, quantised). The log names each such reason once.
+    ``torch.compile`` sees the hooks there are when it compiles, as in any module.
+
+    Dtypes and errors: as in :func:`crate_kernels.mssa`.
+    """
+
+    def forward(
+        self, x: Tensor, return_attention: bool = False, return_key: bool = False
+    ) -> Tensor:
+        if return_attention or return_key:
+            return super().forward(x, return_attention, return_key)
+        reason = unfused_reason(self)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                _log_once(reason)
+            return super().forward(x)
+        weight, heads, scale = self.qkv.weight, self.heads, self.scale
+        to_out: Any = self.to_out
+        if type(to_out) is nn.Identity:
+            return mssa(x, weight, heads=heads, scale=scale)
+        out = to_out[0]
+        return mssa(x, weight, out.weight, out.bias, heads=heads, scale=scale)
+
+
+class ISTA(FeedForward):
+    """:class:`FeedForward` on :func:`crate_kernels.ista`: formula, arguments and keys are its own.
+
+    Dtypes and errors: as in :func:`crate_kernels.ista`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ista(x, self.weight, step_size=self.step_size, lambd=self.lambd)
+
+
+def unfused_reason(layer: MSSA) -> str | None:
+    """Why ``layer`` must run its children one by one right now; None if it need not."""
+    if _has_any_global_hook():
+        return "hooks on all modules are registered"
+    children: dict[str, Any] = layer._modules
+    to_out = children["to_out"]
+    reason = (
+        _not_plain("qkv", children["qkv"], nn.Linear)
+        or _not_plain("attend", children["attend"], nn.Softmax)
+        or _not_plain("dropout", children["dropout"], nn.Dropout)
+    )
+    if reason is not None:
+        return reason
+    if children["qkv"].bias is not None:
+        return "qkv has a bias"
+    if children["attend"].dim != -1:
+        return f"attend works along dim {children['attend'].dim}, not -1"
+    if type(to_out) is nn.Identity:
+        return _not_plain("to_out", to_out, nn.Identity)
+    reason = _not_plain("to_out", to_out, nn.Sequential)
+    if reason is not None:
+        return reason
+    if len(to_out._modules) != 2:
+        return f"to_out holds {len(to_out._modules)} modules, not Linear and Dropout"
+    out, dropout = to_out._modules.values()
+    return _not_plain("to_out.0", out, nn.Linear) or _not_plain("to_out.1", dropout, nn.Dropout)
+
+
+def _not_plain(name: str, child: Any, expected: type[nn.Module]) -> str | None:
+    """Why calling ``child`` could do other than ``expected.forward`` without dropout does."""
+    if type(child) is not expected:
+        return f"{name} is {type(child).__name__}, not a plain nn.{expected.__name__}"
+    if "forward" in child.__dict__:
+        return f"the forward of {name} was replaced"
+    if (
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+    ):
+        return f"{name} has hooks"
+    if isinstance(child, nn.Dropout) and child.training and child.p > 0:
+        return f"{name} {child.p:g} is active while training"
+    return None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("MSSA runs unfused: %s", reason)

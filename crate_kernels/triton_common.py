@@ -1,0 +1,26 @@
+"""What every Triton kernel of this package shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton's ``input_precision`` for a dot on ``dtype`` operands.
+
+    float32 products honour ``torch.get_float32_matmul_precision()``: full float32 for "highest",
+    TF32 for "high" and "medium". Narrower dtypes have one way only.
+    """
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def has_bulk_copy(t: Tensor) -> bool:
+    """Whether the device of ``t`` moves tensor tiles by a copy engine (compute capability 9.0)."""
+    return t.is_cuda and torch.cuda.get_device_capability(t.device) >= (9, 0)
+
+
+def multiprocessors(t: Tensor) -> int:
+    return torch.cuda.get_device_properties(t.device).multi_processor_count

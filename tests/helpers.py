@@ -1,0 +1,194 @@
+"""What the tests of the ops share: the published formulas, the error criterion, kernel cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+
+# ---- the published layers, written out
+
+
+def published_attention(
+    w: Tensor, *, heads: int, scale: float | None = None, causal: bool = False
+) -> Tensor:
+    q = torch.stack(w.chunk(heads, dim=-1), dim=1)
+    dots = torch.matmul(q, q.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        n = w.shape[1]
+        dots = dots + torch.full((n, n), float("-inf"), device=w.device, dtype=dots.dtype).triu(1)
+    return torch.cat(torch.matmul(torch.softmax(dots, dim=-1), q).unbind(1), dim=-1)
+
+
+def published_mssa(
+    x: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    o = published_attention(F.linear(x, w_qkv), heads=heads, scale=scale, causal=causal)
+    return o if w_out is None else F.linear(o, w_out, b_out)
+
+
+def published_ista(
+    x: Tensor, weight: Tensor, *, step_size: float = 0.1, lambd: float = 0.1
+) -> Tensor:
+    return torch.relu(_before_relu(x, weight, step_size, lambd))
+
+
+def _before_relu(x: Tensor, weight: Tensor, step_size: float, lambd: float) -> Tensor:
+    pull, push = F.linear(x, weight.T), F.linear(F.linear(x, weight), weight.T)
+    return x + (step_size * (pull - push) - step_size * lambd)
+
+
+# ---- inputs
+
+# Standard deviation of nn.Linear's initial weights times the square root of its inputs.
+INITIAL = 3**-0.5
+
+
+def mssa_inputs(
+    batch: int, n: int, heads: int, head_dim: int, width: int | None = None, *, bias: bool = True
+) -> dict[str, Tensor]:
+    """Arguments of mssa in float64 under its own names: normed tokens, nn.Linear's initial scale.
+
+    (With sharper attention float32 is the exception to the criterion: plain PyTorch subtracts the
+    row's largest score before it rounds, every fused backward its log-sum-exp.)
+    """
+    inner = heads * head_dim
+    width = inner if width is None else width
+    inputs = {
+        "x": torch.randn(batch, n, width, dtype=torch.float64),
+        "w_qkv": torch.randn(inner, width, dtype=torch.float64) * INITIAL * width**-0.5,
+        "w_out": torch.randn(width, inner, dtype=torch.float64) * INITIAL * inner**-0.5,
+    }
+    if bias:
+        inputs["b_out"] = torch.randn(width, dtype=torch.float64)
+    return inputs
+
+
+def ista_inputs(*shape: int) -> dict[str, Tensor]:
+    """Arguments of ista in float64 under its own names: x of that shape."""
+    width = shape[-1]
+    return {
+        "x": torch.randn(shape, dtype=torch.float64),
+        "weight": torch.randn(width, width, dtype=torch.float64) * width**-0.5,
+    }
+
+
+def off_the_kink(
+    dy: Tensor, x: Tensor, weight: Tensor, step_size: float = 0.1, lambd: float = 0.1
+) -> Tensor:
+    """``dy`` without its entries where rounding may decide whether ista's relu passes them."""
+    before = _before_relu(x.double(), weight.double(), step_size, lambd)
+    return dy.masked_fill(before.abs() < 16 * torch.finfo(x.dtype).eps, 0.0)
+
+
+# ---- running
+
+
+def results(
+    function: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    dy: Tensor,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The output "y" and every gradient "d<name>" of ``function``, inputs cast to ``dtype``."""
+    leaves = {
+        name: t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
+        for name, t in inputs.items()
+    }
+    y = function(**leaves, **options)
+    y.backward(dy.to(y.dtype))
+    grads = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": y.detach(), **grads}
+
+
+def assert_equal_results(got: Mapping[str, Tensor], want: Mapping[str, Tensor], what: Any) -> None:
+    """The same names, shapes and dtypes, and values up to float64 rounding."""
+    assert got.keys() == want.keys(), what
+    for name in want:
+        torch.testing.assert_close(
+            got[name], want[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{what}, {n}: {m}"
+        )
+
+
+# ---- the error criterion
+
+
+def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Largest and root mean square difference."""
+    difference = got.double() - exact.double()
+    if difference.numel() == 0:
+        return 0.0, 0.0
+    return float(difference.abs().max()), float(difference.square().mean().sqrt())
+
+
+def beyond_plain(
+    got: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    unit: float | None = None,
+) -> list[str]:
+    """Every way in which ``got`` is worse than the criterion allows; [] where there is none.
+
+    Outputs at most 2 times, gradients 3 times as far from the float64 results ``exact`` as plain
+    PyTorch in the same dtype, largest and RMS. Where plain is nearly exact, ``unit`` counts
+    instead (half of it for RMS), relative to the result: by default one in the last place, and
+    four for float32, where nothing is rounded on the way and the order of a sum shows.
+    """
+    assert got.keys() == plain.keys() == exact.keys()
+    complaints = []
+    for name, want in exact.items():
+        if got[name].shape != want.shape or got[name].dtype != plain[name].dtype:
+            complaints.append(
+                f"{name}: {got[name].dtype} {tuple(got[name].shape)}, plain "
+                f"{plain[name].dtype} {tuple(plain[name].shape)}"
+            )
+            continue
+        dtype = plain[name].dtype
+        relative = unit or torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+        magnitude = errors(want, torch.zeros_like(want))
+        floors = (relative * magnitude[0], relative / 2 * magnitude[1])
+        factor = 3.0 if name.startswith("d") else 2.0
+        for kind, ours, theirs, floor in zip(
+            ("max", "rms"), errors(got[name], want), errors(plain[name], want), floors, strict=True
+        ):
+            if not ours <= factor * max(theirs, floor):  # NaN never is
+                complaints.append(
+                    f"{name}: {kind} error {ours:.3g}, plain {theirs:.3g} (floor {floor:.3g}), "
+                    f"allowed {factor:g}x"
+                )
+    return complaints
+
+
+def assert_as_close_as_plain(
+    got: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    what: Any = "",
+    unit: float | None = None,
+) -> None:
+    complaints = beyond_plain(got, plain, exact, unit)
+    assert not complaints, f"{what}: " + "; ".join(complaints)
+
+
+# ---- kernel configurations, as the launchers' own tables give them
+
+
+def distinct(configs: Iterator[tuple[Any, Any]]) -> list[Any]:
+    """The first case of each configuration in (configuration, case) pairs."""
+    seen: dict[Any, Any] = {}
+    for config, case in configs:
+        seen.setdefault(config, case)
+    return list(seen.values())

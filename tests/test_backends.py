@@ -1,0 +1,155 @@
+"""Which backend runs, the reasons given, the log line, and an import that touches nothing."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ista_inputs, mssa_inputs
+
+import crate_kernels
+from crate_kernels import backends, ista, mssa, tied_attention
+from crate_kernels.triton_common import dot_precision
+
+pytestmark = pytest.mark.skipif(backends.interpreted(), reason="Triton fits the CPU there")
+
+
+def calls(dtype=torch.float32):
+    """Every op with arguments that work, without a backend."""
+    m = {k: t.to(dtype) for k, t in mssa_inputs(2, 5, 2, 4).items()}
+    i = {k: t.to(dtype) for k, t in ista_inputs(2, 5, 8).items()}
+    return {
+        "mssa": (mssa, {**m, "heads": 2}),
+        "tied_attention": (tied_attention, {"w": m["x"], "heads": 2}),
+        "ista": (ista, i),
+    }
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing logged yet, no variable set."""
+    monkeypatch.delenv(backends.BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "_logged", set())
+
+
+@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+def test_explain_on_the_cpu(op):
+    _, given = calls()[op]
+    found = crate_kernels.explain(op, **given)
+    assert isinstance(found, crate_kernels.Explanation)
+    assert (found.op, found.chosen) == (op, "reference")
+    assert tuple(found.reasons) == backends.BACKENDS
+    assert found.reasons["reference"] == ()
+    assert any("device cpu" in reason for reason in found.reasons["triton"])
+    lines = str(found).splitlines()
+    assert lines[0] == f"{op}: auto takes reference"
+    assert any("triton" in line and "device cpu" in line for line in lines)
+    assert any("reference" in line and "fits" in line for line in lines[1:])
+
+
+def test_explain_lists_every_reason():
+    w = torch.zeros(1, 2, 600, dtype=torch.float64)
+    reasons = crate_kernels.explain("tied_attention", w, heads=1).reasons["triton"]
+    assert len(reasons) == 3
+    for part in ("device cpu", "float64", "head_dim 600"):
+        assert any(part in reason for reason in reasons), part
+
+
+def test_explain_follows_autocast():
+    w = torch.zeros(1, 2, 8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        reasons = crate_kernels.explain("tied_attention", w, heads=1).reasons["triton"]
+    assert not any("dtype" in reason for reason in reasons)
+
+
+def test_explain_does_not_compute():
+    big = torch.empty(10**6, 197, 768, device="meta")
+    found = crate_kernels.explain("ista", big, torch.empty(768, 768, device="meta"))
+    assert any("device meta" in reason for reason in found.reasons["triton"])
+
+
+@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+def test_triton_on_the_cpu_raises_with_every_reason(op):
+    function, given = calls(torch.float64)[op]
+    with pytest.raises(ValueError, match=f"{op}: .*'triton'.*device cpu.*float64"):
+        function(**given, backend="triton")
+
+
+@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+def test_auto_equals_reference(op, fresh):
+    function, given = calls()[op]
+    assert torch.equal(function(**given), function(**given, backend="reference"))
+    assert torch.equal(function(**given), function(**given, backend="auto"))
+
+
+@pytest.mark.parametrize("op", ["tied_attention", "ista"])
+def test_auto_says_so_once(op, fresh, caplog):
+    function, given = calls()[op]
+    with caplog.at_level(logging.INFO, logger="crate_kernels"):
+        for _ in range(3):
+            function(**given)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO and record.name == "crate_kernels"
+    assert f"{op}: auto takes reference" in record.getMessage()
+    assert "device cpu" in record.getMessage()
+
+
+def test_a_backend_by_name_is_not_logged(fresh, caplog):
+    with caplog.at_level(logging.DEBUG, logger="crate_kernels"):
+        for function, given in calls().values():
+            function(**given, backend="reference")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+def test_variable_replaces_auto_only(op, fresh, monkeypatch):
+    function, given = calls()[op]
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "triton")
+    with pytest.raises(ValueError, match="device cpu"):
+        function(**given)
+    function(**given, backend="reference")
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "reference")
+    function(**given)
+    with pytest.raises(ValueError, match="device cpu"):
+        function(**given, backend="triton")
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "auto")
+    function(**given)
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=r"expected backend to be one of .*got 'fastest'"):
+        function(**given)
+
+
+def test_a_refusal_leaves_inference_cache_and_autograd_clean(fresh):
+    function, given = calls()["ista"]
+    leaf = given["weight"].requires_grad_()
+    with pytest.raises(ValueError):
+        function(given["x"], leaf, backend="triton")
+    function(given["x"], leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_import_is_lazy_and_leaves_the_device_alone():
+    code = (
+        "import sys, torch, crate_kernels\n"
+        "assert 'triton' not in sys.modules, 'triton was imported'\n"
+        "assert not torch.cuda.is_initialized(), 'CUDA was initialised'\n"
+        "x = torch.randn(1, 3, 8)\n"
+        "crate_kernels.ista(x, torch.eye(8)), crate_kernels.tied_attention(x, heads=2)\n"
+        "assert 'crate_kernels.mssa.triton_kernels' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("precision", "want"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]
+)
+def test_float32_products_honour_torchs_setting(precision, want):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert dot_precision(torch.float32) == want
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,190 @@
+"""torch.compile and opcheck: the ops have honest shapes, no graph breaks and no surprises."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from helpers import assert_equal_results, ista_inputs, mssa_inputs, results
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from crate_kernels import ista, mssa, tied_attention
+from crate_kernels.mssa import torch_kernels
+
+OPS = torch.ops.crate_kernels
+
+SMALL_MSSA = (2, 6, 2, 4)
+# ista by G, and by the weight itself.
+SMALL_ISTA = {"gram": (2, 6, 8), "weight": (1, 6, 8)}
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code_left():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# ---- opcheck
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_opcheck_tied_attention(dtype, causal):
+    w, do = torch.randn(2, 2, 6, 8).to(dtype)
+    o, lse = torch_kernels.forward(w, 2, 0.5, causal)
+    for requires_grad in (False, True):
+        leaf = w.clone().requires_grad_(requires_grad)
+        torch.library.opcheck(OPS.tied_attention, (leaf, 2, 0.5, causal, "reference"))
+    saved = (do, w, o, lse, 2, 0.5, causal, "reference")
+    torch.library.opcheck(OPS.tied_attention_backward, saved)
+    torch.library.opcheck(
+        OPS.tied_attention, (w.transpose(0, 1).contiguous().transpose(0, 1), 2, 0.5, causal, "auto")
+    )
+
+
+@pytest.mark.parametrize(("x_dtype", "c_dtype"), [("float32",) * 2, ("float32", "bfloat16")])
+@pytest.mark.parametrize("form", SMALL_ISTA)
+def test_opcheck_ista(x_dtype, c_dtype, form):
+    x_dtype, c_dtype = getattr(torch, x_dtype), getattr(torch, c_dtype)
+    x, weight = (t.to(x_dtype) for t in ista_inputs(*SMALL_ISTA[form]).values())
+    for x_grad, w_grad in [(False, False), (True, False), (False, True), (True, True)]:
+        leaf, w = x.clone().requires_grad_(x_grad), weight.clone().requires_grad_(w_grad)
+        xc = leaf.detach().to(c_dtype)
+        torch.library.opcheck(OPS.ista, (leaf, xc, w, 0.1, 0.2, "reference"))
+    y, gram = OPS.ista(x, xc, weight, 0.1, 0.2, "reference")
+    for wants_x, wants_weight in [(False, False), (True, False), (False, True), (True, True)]:
+        saved = (torch.randn_like(y), y, xc, weight, gram)
+        torch.library.opcheck(
+            OPS.ista_backward, (*saved, 0.1, x_dtype, wants_x, wants_weight, "reference")
+        )
+    ready = torch.randn(8, 8).to(c_dtype)
+    torch.library.opcheck(OPS.ista_apply, (x, xc, ready, 0.01, "reference"))
+
+
+def test_every_registered_op_is_checked_above():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if "crate_kernels::" in name}
+    assert names == {
+        f"crate_kernels::{name}"
+        for name in (
+            "tied_attention",
+            "tied_attention_backward",
+            "ista",
+            "ista_backward",
+            "ista_apply",
+        )
+    }
+
+
+# ---- torch.compile
+
+
+def samples():
+    """name: (function, tensors in float64, options)."""
+    m = mssa_inputs(*SMALL_MSSA)
+    cases = {
+        "mssa": (mssa, m, {"heads": 2}),
+        "mssa causal": (mssa, m, {"heads": 2, "causal": True, "scale": 0.3}),
+        "mssa without w_out": (mssa, {k: m[k] for k in ("x", "w_qkv")}, {"heads": 2}),
+        "tied_attention": (tied_attention, {"w": m["x"]}, {"heads": 2}),
+    }
+    for form, shape in SMALL_ISTA.items():
+        cases[f"ista by {form}"] = (ista, ista_inputs(*shape), {"step_size": 0.2})
+    return cases
+
+
+@pytest.mark.parametrize("name", samples())
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fullgraph_forward_and_backward(name, dynamic):
+    function, inputs, options = samples()[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    dy = torch.randn_like(function(**inputs, **options))
+    want = results(function, inputs, dy, **options)
+    assert_equal_results(results(compiled, inputs, dy, **options), want, name)
+    with torch.no_grad():
+        y = compiled(**inputs, **options)
+    assert_equal_results({"y": y}, {"y": want["y"]}, (name, "inference"))
+
+
+@pytest.mark.parametrize("name", samples())
+def test_fullgraph_under_autocast(name):
+    function, inputs, options = samples()[name]
+    inputs = {k: t.float() for k, t in inputs.items()}
+
+    def step(**kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(**kwargs)
+
+    dy = torch.randn_like(step(**inputs, **options))
+    want = results(step, inputs, dy, **options)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = results(compiled, inputs, dy, **options)
+    for key in want:
+        assert got[key].dtype == want[key].dtype, key
+        torch.testing.assert_close(got[key], want[key], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("how", ["mark_dynamic", "dynamic=True"])
+@pytest.mark.parametrize("name", ["mssa", "tied_attention", "ista by gram", "ista by weight"])
+def test_any_number_of_tokens_with_one_graph(name, how):
+    function, inputs, options = samples()[name]
+    first = next(iter(inputs))  # x or w
+    # By weight is right for fewer tokens than D = 8 only: beyond it another graph is.
+    counts = (2, 3, 5, 7) if name == "ista by weight" else (9, 10, 17, 31)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        function, fullgraph=True, backend=counter, dynamic=True if how == "dynamic=True" else None
+    )
+    graphs = []
+    for n in counts:
+        x = torch.randn(inputs[first].shape[0], n, 8, dtype=torch.float64)
+        given = {**inputs, first: x}
+
+        def marked(**kwargs):
+            if how == "mark_dynamic":
+                torch._dynamo.mark_dynamic(kwargs[first], 1)
+            return compiled(**kwargs)
+
+        dy = torch.randn_like(x)
+        got = results(marked, given, dy, **options)
+        assert_equal_results(got, results(function, given, dy, **options), n)
+        graphs.append(counter.frame_count)
+    assert len(set(graphs)) == 1, f"recompiled: {graphs}"
+
+
+def test_ista_changes_form_where_tokens_become_many():
+    compiled = torch.compile(ista, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 12, 5, 30):
+        inputs, dy = ista_inputs(n, 8), torch.randn(n, 8, dtype=torch.float64)
+        assert_equal_results(results(compiled, inputs, dy), results(ista, inputs, dy), n)
+
+
+def test_compiled_inference_sees_a_changed_weight():
+    x, weight = ista_inputs(20, 8).values()
+    compiled = torch.compile(ista, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for change in (1.0, 1.5, 0.5):
+            weight.data.mul_(change)
+            torch.testing.assert_close(compiled(x, weight), ista(x, weight))
+
+
+def test_bad_input_raises_the_same_error_when_compiled():
+    compiled = torch.compile(tied_attention, backend="aot_eager")
+    with pytest.raises(ValueError, match="tied_attention: expected heads to divide"):
+        compiled(torch.randn(1, 3, 8), heads=3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor():
+    m = {k: t.float() for k, t in mssa_inputs(*SMALL_MSSA).items()}
+    weight = ista_inputs(6, 8)["weight"].float()
+
+    def layer(weight, **kwargs):
+        return ista(kwargs["x"] + mssa(**kwargs, heads=2), weight)
+
+    inputs, dy = {"weight": weight, **m}, torch.randn(2, 6, 8)
+    want = results(layer, inputs, dy)
+    got = results(torch.compile(layer, fullgraph=True), inputs, dy)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5)

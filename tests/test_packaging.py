@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import crate_kernels
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*args: str, **options: object) -> str:
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements-dev.txt").read_text()
+    return dict(re.findall(r"^([\w-]+)==([\w.]+)", lines, re.M))
+
+
+def test_import_leaves_the_gpu_and_triton_alone() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import crate_kernels\n"
+        "print(torch.cuda.is_initialized(), sorted(set(sys.modules) - before))"
+    )
+    initialised, modules = python("-c", code, cwd=ROOT).split(maxsplit=1)
+    assert initialised == "False"
+    for name in ("triton", "torch._dynamo", "sklearn", "matplotlib", "tqdm", "einops"):
+        assert f"'{name}'" not in modules, f"{name} takes its time, and not everybody has it"
+
+
+def test_ruff_and_clang_format_are_pinned_alike_everywhere() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    found = dict(re.findall(r"repo: \S*/(\S+)\n\s+rev: v(\S+)", hooks))
+    assert found == {
+        "ruff-pre-commit": pins()["ruff"],
+        "mirrors-clang-format": pins()["clang-format"],
+    }
+
+
+def test_every_development_requirement_is_pinned() -> None:
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    assert len(wanted) == len(pins())
+
+
+def test_torch_is_no_build_requirement() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    requires = re.search(r"^requires = (\[.*?\])", pyproject, re.M | re.S)
+    assert requires is not None
+    assert "torch" not in requires[1]
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")))
+def test_links_and_paths_in_documents_lead_somewhere(document: Path) -> None:
+    text = document.read_text()
+    links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", text)
+    paths = re.findall(r"`((?:crate_kernels|tests|docs|tools|benchmarks)/[\w./-]*)`", text)
+    missing = [path for path in links if not (document.parent / path).exists()]
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_makefile_describes_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)", makefile, re.M)
+    assert phony is not None
+    assert set(phony[1].split()) == set(re.findall(r"^([a-z-]+):.*## ", makefile, re.M))
+
+
+def test_wheel_holds_every_module(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("setuptools before 77 does not know the form of our licence field")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "crate_kernels", source / "crate_kernels", ignore=ignore)
+    build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
+    python("-c", build, str(tmp_path), cwd=source)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("crate_kernels/")}
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA")))
+    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "crate_kernels").rglob("*.py")}
+    assert held == expected | {"crate_kernels/py.typed"}
+    headers = metadata.decode().splitlines()
+    assert f"Version: {crate_kernels.__version__}" in headers
+    assert "License-Expression: MIT" in headers
