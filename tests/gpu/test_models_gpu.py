@@ -1,0 +1,229 @@
+"""Fused models on a GPU: autocast, GradScaler, torch.compile, CUDA graphs, training curves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from crate_kernels import explain, fuse, ista, mssa, tied_attention
+from crate_kernels.bench import workloads
+from crate_kernels.bench.cases import ModelCase
+from crate_kernels.bench.check import compare
+from crate_kernels.bench.peers import candidate
+from crate_kernels.models import CRATE
+
+pytest.importorskip("triton")
+
+CLASSES = 10
+
+
+def small_crate(**overrides):
+    size = {"image_size": 32, "patch_size": 4, "dim": 128, "depth": 3, "heads": 2}
+    return CRATE(**{**size, "num_classes": CLASSES, "pool": "mean", **overrides}).cuda()
+
+
+def fused_copy(model):
+    other = copy.deepcopy(model)
+    assert len(fuse(other)) > 0
+    return other
+
+
+def images(batch=16):
+    """A pattern for each class under fresh noise, and the classes."""
+    fixed = torch.Generator("cuda").manual_seed(0)
+    patterns = torch.randn(CLASSES, 3, 32, 32, device="cuda", generator=fixed)
+    labels = torch.arange(batch, device="cuda") % CLASSES
+    return patterns[labels] + torch.randn(batch, 3, 32, 32, device="cuda"), labels
+
+
+def loss_of(model, x, labels, dtype=torch.bfloat16):
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        return F.cross_entropy(model(x), labels)
+
+
+def gradients(model, *batch, **kwargs):
+    model.zero_grad()
+    loss_of(model, *batch, **kwargs).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("crate_small", "bf16"), ("crate_tiny", "fp16")])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_published_size_passes_the_benchmarks_gate(name, dtype, mode):
+    w = workloads.model(name, mode, 8, dtype=dtype)
+    case = ModelCase.make(w, torch.device("cuda", 0), torch.Generator("cuda").manual_seed(0))
+    reference = case.reference()
+    eager, ours = (case.outputs(candidate(which)) for which in ("eager", "crate_kernels"))
+    found = compare(ours, eager, reference)
+    assert found.passed, str(found)
+
+
+def test_auto_takes_triton():
+    x = torch.randn(2, 5, 64, device="cuda")
+    assert explain("mssa", x, torch.randn(64, 64, device="cuda"), heads=1).chosen == "triton"
+    assert explain("ista", x.double(), torch.eye(64, device="cuda").double()).chosen == "reference"
+
+
+def test_grad_scaler_backs_off_and_trains():
+    torch.manual_seed(0)
+    model = fused_copy(small_crate())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**32, growth_interval=1000)
+    batch, losses, skipped = images(64), [], 0
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = loss_of(model, *batch, dtype=torch.float16)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        before = scaler.get_scale()
+        scaler.update()
+        skipped += scaler.get_scale() < before
+        losses.append(loss.item())
+    assert skipped > 0, "2**32 overflows float16: the scaler has to see inf"
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_training_curves_cannot_be_told_apart():
+    """Fused and unfused from one seed differ less than unfused from two seeds."""
+    curves = {}
+    for name, seed in (("plain", 0), ("other seed", 1), ("fused", 0)):
+        torch.manual_seed(seed)
+        model = small_crate()
+        if name == "fused":
+            fuse(model)
+        torch.manual_seed(100 + seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        curve = []
+        for _ in range(150):
+            optimizer.zero_grad()
+            loss = loss_of(model, *images(64))
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.detach())
+        curves[name] = torch.stack(curve)
+    assert curves["plain"][-10:].mean() < 0.7 * curves["plain"][0]
+
+    def apart(name):
+        return (curves[name] - curves["plain"]).square().mean().sqrt()
+
+    assert apart("fused") < 0.5 * apart("other seed")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compiled_model(mode):
+    """One graph, and the numbers of the model that is not compiled."""
+    torch.manual_seed(0)
+    model = fused_copy(small_crate(depth=2)).train(mode == "train")
+    batch = images()
+    compiled = torch.compile(model, fullgraph=True)
+    if mode == "eval":
+        with torch.no_grad():
+            for change in (1.0, 1.2):  # G must follow the weight in here too
+                model.transformer.layers[0][1].fn.weight.mul_(change)
+                torch.testing.assert_close(compiled(batch[0]), model(batch[0]))
+        return
+    want = gradients(model, *batch, dtype=torch.float32)
+    got = gradients(compiled, *batch, dtype=torch.float32)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_one_compiled_graph_for_any_number_of_tokens():
+    def layer(x, w_qkv, weight):
+        return ista(x + mssa(x, w_qkv, heads=4), weight)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    w_qkv, weight = (0.05 * torch.randn(256, 256, device="cuda") for _ in range(2))
+    leaves = [w_qkv.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()]
+    for n in (150, 197, 333):
+        x = torch.randn(4, n, 256, device="cuda", dtype=torch.bfloat16)
+        dy = torch.randn_like(x)
+        with torch._dynamo.config.patch(error_on_recompile=n != 150):
+            y = compiled(x, *leaves)
+        want = layer(x, *leaves)
+        torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
+        for a, b in zip(
+            torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * b.abs().max().item())
+
+
+def test_a_training_step_goes_into_a_cuda_graph():
+    torch.manual_seed(0)
+    model = fused_copy(small_crate())
+    other = copy.deepcopy(model)
+    x, labels = images()
+    optimizers = [
+        torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True, capturable=True)
+        for m in (model, other)
+    ]
+
+    def step(m, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+        loss = loss_of(m, x, labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for m, optimizer in zip((model, other), optimizers, strict=True):
+            for _ in range(2):
+                step(m, optimizer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(model, optimizers[0])
+    for _ in range(3):
+        graph.replay()
+        eager = step(other, optimizers[1])
+        torch.cuda.synchronize()
+        assert torch.equal(captured, eager)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_less_memory_than_unfused():
+    peaks = []
+    plain = small_crate(image_size=64)
+    x = torch.randn(32, 3, 64, 64, device="cuda")
+    for model in (plain, fused_copy(plain)):
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loss_of(model, x, torch.zeros(32, dtype=torch.long, device="cuda")).backward()
+            model.zero_grad(set_to_none=True)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_the_device_of_the_tensors_counts():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    w = torch.randn(2, 65, 128, device="cuda:1", dtype=torch.bfloat16)
+    x, weight = w.clone().requires_grad_(), torch.randn(128, 128, device="cuda:1").to(w)
+    assert torch.cuda.current_device() == 0
+    found = [tied_attention(w, heads=2), ista(x, weight), ista(w, weight)]
+    found[1].sum().backward()
+    want = [
+        t.to("cuda:1")
+        for t in (tied_attention(w.to("cuda:0"), heads=2), ista(w.to(0), weight.to(0)))
+    ]
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1]) and torch.equal(found[2], want[1])
+    assert x.grad.isfinite().all() and x.grad.device == w.device
+
+
+def test_data_parallel_on_all_devices():
+    torch.manual_seed(0)
+    model = fused_copy(small_crate())
+    batch = images(16)
+    parallel = torch.nn.DataParallel(model)
+    want, got = gradients(model, *batch), gradients(parallel, *batch)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.05 * b.abs().max().item())
