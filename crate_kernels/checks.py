@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,6 +27,11 @@ def check_tensors(op: str, tensors: dict[str, Any], optional: dict[str, Any] | N
             refuse(op, f"{name} to be a torch.Tensor", type(t).__name__, TypeError)
     first_name, first = next(iter(tensors.items()))
     for name, t in {**tensors, **given}.items():
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError(
+                f"{op}: forward-mode AD is not implemented; expected {name} without a tangent, "
+                f"got one with (use {op}_reference)"
+            )
         if t.dtype not in FLOATS:
             refuse(op, f"{name} of dtype float16, bfloat16, float32 or float64", t.dtype, TypeError)
         if t.device != first.device:
@@ -40,7 +46,10 @@ def check_tensors(op: str, tensors: dict[str, Any], optional: dict[str, Any] | N
 
 
 def _autocast_unites(a: Tensor, b: Tensor) -> bool:
-    return torch.is_autocast_enabled(a.device.type) and torch.float64 not in (a.dtype, b.dtype)
+    device_type = a.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type) and torch.float64 not in (a.dtype, b.dtype)
 
 
 def check_heads(op: str, heads: Any, width: int) -> None:

@@ -9,12 +9,16 @@ from torch import Tensor
 def dot_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision`` for a dot on ``dtype`` operands.
 
-    float32 products honour ``torch.get_float32_matmul_precision()``: full float32 for "highest",
-    TF32 for "high" and "medium". Narrower dtypes have one way only.
+    float32 products honour ``torch.set_float32_matmul_precision``: full float32 for "highest",
+    TF32 for "high" and "medium"; and what newer torch has in its place. Narrower dtypes have one
+    way only.
     """
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+    if dtype != torch.float32:
+        return "tf32"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; once set, the getter below raises
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def has_bulk_copy(t: Tensor) -> bool:

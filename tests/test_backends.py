@@ -153,3 +153,18 @@ def test_float32_products_honour_torchs_setting(precision, want):
         assert dot_precision(torch.float32) == want
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="comes with torch 2.9"
+)
+@pytest.mark.parametrize(("precision", "want"), [("ieee", "ieee"), ("tf32", "tf32")])
+def test_float32_products_honour_torchs_newer_setting(precision, want):
+    code = (
+        "import torch\n"
+        "from crate_kernels.triton_common import dot_precision\n"
+        f"torch.backends.cuda.matmul.fp32_precision = {precision!r}\n"
+        "print(dot_precision(torch.float32))"
+    )  # in a process of its own: torch cannot go back to its older setting
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == want, done.stderr

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from helpers import (
     published_ista,
     results,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crate_kernels import ista, ista_reference, ista_reference_backward
 from crate_kernels.ista import gram_cache, torch_kernels
@@ -218,6 +220,23 @@ def test_inputs_are_left_alone(shape):
         assert torch.equal(leaves[name], inputs[name]), name
 
 
+def test_forward_mode_is_refused():
+    x, weight = ista_inputs(5, 4).values()
+    with pytest.raises(RuntimeError, match="ista: forward-mode AD is not implemented"):
+        torch.func.jvp(lambda x: ista(x, weight), (x,), (x,))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5)])
+def test_a_result_may_be_written_to(shape):
+    """By whoever wants no gradient of the step; otherwise autograd notices."""
+    x, weight = ista_inputs(*shape).values()
+    y = ista(x, weight.requires_grad_())
+    y.mul_(2.0)
+    torch.testing.assert_close(y, 2 * published_ista(x, weight))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_double_backward_is_refused():
     inputs = [t.requires_grad_() for t in ista_inputs(5, 4).values()]
     (grad,) = torch.autograd.grad(ista(*inputs).square().sum(), inputs[0], create_graph=True)
@@ -379,6 +398,50 @@ def test_inference_mode_and_no_grad_share_a_weight():
         with mode():
             torch.testing.assert_close(ista(x, weight), published_ista(x, weight))
         weight.mul_(1.1)
+
+
+def test_an_interrupted_refresh_leaves_no_stale_gram(monkeypatch):
+    x, weight = torch.randn(5, 4), torch.randn(4, 4)
+
+    def interrupted(weight, seen, gram, step_size):
+        seen.copy_(weight)
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        for change in (1.0, 1.5):
+            weight.mul_(change)
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(torch_kernels, "refresh_gram", interrupted)
+                ista(x, weight)
+            for _ in range(2):
+                torch.testing.assert_close(ista(x, weight), published_ista(x, weight))
+
+
+def test_inference_equals_training_under_autocast():
+    x, weight = torch.randn(100, 64), torch.nn.Parameter(torch.randn(64, 64) / 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ista(x, weight)
+        with torch.no_grad():
+            assert torch.equal(ista(x, weight), y)
+
+
+def test_tensors_without_values():
+    x, weight = torch.empty(5, 4, device="meta"), torch.empty(4, 4, device="meta")
+    assert ista(x, weight).shape == (5, 4)
+    with FakeTensorMode():
+        assert ista(torch.empty(5, 4), torch.empty(4, 4)).shape == (5, 4)
+
+
+def test_threads_share_a_weight():
+    """Whichever comes first makes G again; none goes on with the old one."""
+    x, weights = torch.randn(40, 32), [torch.randn(32, 32) for _ in range(2)]
+    shared = torch.empty(32, 32)
+    with ThreadPoolExecutor(4) as pool:
+        for turn in range(40):
+            shared.copy_(weights[turn % 2])
+            want = published_ista(x, shared)
+            for y in pool.map(lambda _: ista(x, shared), range(4)):
+                torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_result_is_never_an_alias_of_the_cache():

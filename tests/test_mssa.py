@@ -258,6 +258,21 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.parametrize("function", [mssa, tied_attention])
+def test_forward_mode_is_refused(function):
+    inputs = mssa_inputs(1, 3, 2, 2)
+    given = list(inputs.values()) if function is mssa else [inputs["x"]]
+    with pytest.raises(RuntimeError, match="forward-mode AD is not implemented"):
+        torch.func.jvp(lambda *t: function(*t, heads=2), tuple(given), tuple(given))
+
+
+def test_a_result_may_be_written_to():
+    w = torch.randn(1, 4, 6, requires_grad=True)
+    o = tied_attention(w, heads=2)
+    o.mul_(2.0)
+    torch.testing.assert_close(o, 2 * published_attention(w, heads=2))
+
+
+@pytest.mark.parametrize("function", [mssa, tied_attention])
 def test_double_backward_is_refused(function):
     inputs = mssa_inputs(1, 3, 2, 2)
     given = [t.requires_grad_() for t in inputs.values()] if function is mssa else [inputs["x"]]

@@ -89,7 +89,7 @@ def select(args: argparse.Namespace, device: torch.device) -> dict[str, list[Wor
     selected = {
         name: found
         for name, workloads in source.items()
-        if (found := list(dict.fromkeys(_changed(workloads, args, device))))
+        if (found := _each_once(_changed(workloads, args, device)))
     }
     if not selected:
         raise ValueError(f"bench: no workload of suite {args.suite} has mode {args.mode}")
@@ -123,6 +123,15 @@ def _changed(
             changes["batch"] = MODELS[changes["model"]].batch
         found += [_with(w, changes, device) for w in start]
     return found
+
+
+def _each_once(found: list[Workload]) -> list[Workload]:
+    """In order, without those that differ from another in the target only; one with comes first."""
+    kept: dict[Workload, Workload] = {}
+    for w in found:
+        bare = replace(w, target=None)
+        kept[bare] = w if bare not in kept or w.target else kept[bare]
+    return list(kept.values())
 
 
 def _with(w: Workload, changes: dict[str, Any], device: torch.device) -> Workload:

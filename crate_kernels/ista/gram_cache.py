@@ -2,11 +2,13 @@
 
 A version counter cannot be trusted to tell that W changed: writes through ``.data`` (the usual
 way of moving-average teachers) and replayed CUDA graphs leave it alone. So beside G lies the W it
-was made from, and every call compares the two where they are. An entry lives as long as its weight.
+was made from, and every call compares the two where they are. An entry lives as long as its weight,
+or until a call with another dtype, step size or stream.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..library import in_its_own_dtypes
 from . import torch_kernels
 
 
@@ -25,6 +28,7 @@ class _Entry:
 
 
 _entries = WeakTensorKeyDictionary()
+_lock = threading.Lock()  # comparing and making again must not mix with another thread's
 
 
 def cached_gram(
@@ -32,22 +36,33 @@ def cached_gram(
 ) -> Tensor | None:
     """An up-to-date G in ``dtype`` by ``kernels``, or None where the caller must make its own.
 
-    That is: where comparing would stop the GPU for an answer, and in a graph capture that no
-    ordinary call came before.
+    That is: where comparing would stop the GPU for an answer, where a CUDA graph is captured
+    (it would outlive the entry), and where there are no values to compare (meta, tracing).
     """
-    if weight.is_cuda and kernels is torch_kernels:
+    if not _can_compare(weight, kernels):
         return None
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
     key = (weight.shape, weight.dtype, weight.device, dtype, step_size, kernels, stream)
-    entry = _entries.get(weight)
-    if entry is None or entry.key != key:
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        with torch.inference_mode(False):  # to be written in and out of that mode
-            options: Any = {"dtype": weight.dtype, "device": weight.device}
-            seen = torch.full(weight.shape, float("nan"), **options)
-            entry = _Entry(key, seen, torch.empty_like(seen, dtype=dtype))
+    with _lock:
+        # Out while it is refreshed: if that is interrupted, seen may be ahead of gram.
+        entry = _entries.pop(weight, None)
+        if entry is None or entry.key != key:
+            with torch.inference_mode(False):  # to be written in and out of that mode
+                options: Any = {"dtype": weight.dtype, "device": weight.device}
+                seen = torch.full(weight.shape, float("nan"), **options)
+                entry = _Entry(key, seen, torch.empty_like(seen, dtype=dtype))
+        with torch.no_grad():
+            refresh = in_its_own_dtypes(kernels.refresh_gram)
+            refresh(weight.detach(), entry.seen, entry.gram, step_size)
         _entries[weight] = entry
-    with torch.no_grad():
-        kernels.refresh_gram(weight.detach(), entry.seen, entry.gram, step_size)
     return entry.gram
+
+
+def _can_compare(weight: Tensor, kernels: Any) -> bool:
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_meta:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        return False
+    if not weight.is_cuda:
+        return True
+    return kernels is not torch_kernels and not torch.cuda.is_current_stream_capturing()

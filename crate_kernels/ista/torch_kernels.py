@@ -50,7 +50,7 @@ def backward_gram(
 ) -> tuple[Tensor | None, Tensor | None]:
     """g = dy * 1[y > 0]; dx = g + g G^T; dW = eta (M - W (M + M^T)), M = xc^T g."""
     dx = dw = None
-    g = torch.where(y <= 0, 0, dy)
+    g = torch.ops.aten.threshold_backward(dy, y, 0)
     gc = g.to(xc.dtype)
     if wants_x:
         dx = _add_gemm(g, gc, gram.mT).to(x_dtype)
@@ -74,7 +74,7 @@ def backward_weight(
     """With r = x - x W^T and dr = eta g W^T: dx = g + dr - dr W; dW = eta r^T g - dr^T x."""
     dx = dw = None
     wc = weight.to(xc.dtype)
-    g = torch.where(y <= 0, 0, dy)
+    g = torch.ops.aten.threshold_backward(dy, y, 0)
     gc = g.to(xc.dtype)
     dr = step_size * (gc @ wc.mT)
     if wants_x:

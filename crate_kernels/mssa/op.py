@@ -67,7 +67,7 @@ def mssa(
     head_dim = w_qkv.shape[0] // heads
     backend = backends.choose("mssa", backend, x, autocast_dtype(x), head_dim)
     w = F.linear(x, w_qkv)
-    o = tied_attention(w, heads=heads, scale=scale, causal=causal, backend=backend)
+    o = _attend(w, heads, scale, causal, backend)
     return o if w_out is None else F.linear(o, w_out, b_out)
 
 
@@ -95,11 +95,14 @@ def tied_attention(
     """
     _check_core(w, heads)
     _check_options("tied_attention", scale, causal)
-    head_dim = w.shape[2] // heads
-    scale = head_dim**-0.5 if scale is None else scale
     w = w.to(autocast_dtype(w))
-    backend = backends.choose("tied_attention", backend, w, w.dtype, head_dim)
-    o, _ = torch.ops.crate_kernels.tied_attention(w, heads, float(scale), causal, backend)
+    backend = backends.choose("tied_attention", backend, w, w.dtype, w.shape[2] // heads)
+    return _attend(w, heads, scale, causal, backend)
+
+
+def _attend(w: Tensor, heads: int, scale: float | None, causal: bool, backend: str) -> Tensor:
+    scale = (w.shape[2] // heads) ** -0.5 if scale is None else float(scale)
+    o, _ = torch.ops.crate_kernels.tied_attention(w, heads, scale, causal, backend)
     return o
 
 

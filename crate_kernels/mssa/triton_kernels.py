@@ -316,8 +316,9 @@ def backward(
 
 
 def _rows_in_place(t: Tensor) -> Tensor:
-    """t itself where its rows are contiguous, at whatever distance, else a contiguous copy."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    """t itself where its rows are contiguous, and near enough for 32 bits, else a copy."""
+    near = t.shape[1] * t.stride(1) < 2**31
+    return t if t.stride(-1) == 1 and near else t.contiguous()
 
 
 def _block_d(head_dim: int) -> int:

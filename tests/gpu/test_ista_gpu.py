@@ -26,7 +26,7 @@ REPEATS = 100
 # x's dtype and that of the products: one for all, or autocast on float32.
 DTYPES = [(d, d) for d in (*HALVES, torch.float32)] + [(torch.float32, d) for d in HALVES]
 # Rows and width: large and small tiles, rows that fill none, widths that have no descriptors.
-SHAPES = [(6307, 768), (4400, 1001), (70, 64), (333, 100), (25, 7), (2300, 2048)]
+SHAPES = [(6307, 768), (7300, 576), (4400, 1001), (70, 64), (333, 100), (25, 7), (2300, 2048)]
 FEW = [(10, 64), (1, 7), (500, 768)]  # fewer rows than columns: two products
 
 
