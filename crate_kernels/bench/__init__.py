@@ -85,7 +85,10 @@ def _run_suite(
             found = run_workload(w, candidates, settings, ceilings)
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            found = [Result(w, c.name, c.ours, UNAVAILABLE, reason) for c in candidates]
+            found = [
+                Result(w, c.name, c.ours, FAILED if c.ours else UNAVAILABLE, reason)
+                for c in candidates
+            ]
             torch.cuda.empty_cache()
         progress.show(*report.lines(found, bold=sys.stdout.isatty()))
         progress.advance()

@@ -86,6 +86,7 @@ def select(args: argparse.Namespace, device: torch.device) -> dict[str, list[Wor
         sets = named_set(device.type, args.quick)
         names = SUITES if "all" in args.suite else tuple(dict.fromkeys(args.suite))
         source = {name: sets[name] for name in names}
+    _refuse_what_has_no_effect(args, {w.suite for found in source.values() for w in found})
     selected = {
         name: found
         for name, workloads in source.items()
@@ -123,6 +124,20 @@ def _changed(
             changes["batch"] = MODELS[changes["model"]].batch
         found += [_with(w, changes, device) for w in start]
     return found
+
+
+def _refuse_what_has_no_effect(args: argparse.Namespace, suites: set[str]) -> None:
+    """Options that none of the suites to be run knows."""
+    layers, attention = {"core", "mssa", "ista"}, {"core", "mssa"}
+    takers = dict.fromkeys(("tokens", "heads", "head_dim", "width", "autocast"), layers)
+    takers |= {"causal": attention, "model": {"model"}}
+    for name, known in takers.items():
+        if getattr(args, name) and not known & suites:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"bench: expected {option} with one of the suites {sorted(known)}, "
+                f"got {sorted(suites)}"
+            )
 
 
 def _each_once(found: list[Workload]) -> list[Workload]:

@@ -188,7 +188,9 @@ def row(r: Result, machine: Machine) -> dict[str, Any]:
 def _rounded(value: Any) -> Any:
     if value is None:
         return ""
-    return f"{value:.5g}" if isinstance(value, float) and abs(value) < 1e5 else value
+    if not isinstance(value, float):
+        return value
+    return f"{value:.5g}" if abs(value) < 1e5 else f"{value:.0f}"
 
 
 def to_csv(results: Sequence[Result], machine: Machine) -> str:
