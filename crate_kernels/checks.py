@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .library import autocast_is_on
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,10 +48,7 @@ def check_tensors(op: str, tensors: dict[str, Any], optional: dict[str, Any] | N
 
 
 def _autocast_unites(a: Tensor, b: Tensor) -> bool:
-    device_type = a.device.type
-    if not torch.amp.is_autocast_available(device_type):
-        return False
-    return torch.is_autocast_enabled(device_type) and torch.float64 not in (a.dtype, b.dtype)
+    return autocast_is_on(a.device.type) and torch.float64 not in (a.dtype, b.dtype)
 
 
 def check_heads(op: str, heads: Any, width: int) -> None:

@@ -50,7 +50,7 @@ def in_its_own_dtypes(implementation: Callable[..., Any]) -> Callable[..., Any]:
         device_type = next(a.device.type for a in args if isinstance(a, Tensor))
         # An output may be a view of what was made in here, without being one to autograd.
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            if not torch.is_autocast_enabled(device_type):
+            if not autocast_is_on(device_type):
                 return implementation(*args)
             with torch.autocast(device_type, enabled=False):
                 return implementation(*args)
@@ -60,10 +60,14 @@ def in_its_own_dtypes(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
     """The dtype a GEMM would take ``t`` in here: autocast's, or its own (float64 always)."""
-    available = torch.amp.is_autocast_available(t.device.type)
-    if t.dtype != torch.float64 and available and torch.is_autocast_enabled(t.device.type):
+    if t.dtype != torch.float64 and autocast_is_on(t.device.type):
         return torch.get_autocast_dtype(t.device.type)
     return t.dtype
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """torch.is_autocast_enabled, which does not know meta."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:

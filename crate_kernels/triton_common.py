@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -19,6 +21,21 @@ def dot_precision(dtype: torch.dtype) -> str:
     if hasattr(matmul, "fp32_precision"):  # torch 2.9; once set, the getter below raises
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a b + acc (a b where acc is None), in float32; PRECISION as dot_precision gives it."""
+    return tl.dot(_for_tf32(a, PRECISION), _for_tf32(b, PRECISION), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _for_tf32(x, PRECISION: tl.constexpr):
+    """float32 that is to be multiplied as TF32, rounded to it: tensor cores cut the bits off."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x
 
 
 def has_bulk_copy(t: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..library import on_device_of
-from ..triton_common import dot_precision, has_bulk_copy, multiprocessors
+from ..triton_common import dot, dot_precision, has_bulk_copy, multiprocessors
 from . import torch_kernels
 
 
@@ -132,7 +132,7 @@ def gemm_kernel(
                 b = tl.trans(B.load([col, k]))
             else:
                 b = _load_tile(B, k, col, D, D, stride_bk, stride_bn, BLOCK_K, BLOCK_N, DESCRIBED)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = dot(a, b, acc, PRECISION)
         _epilogue(
             acc, C, Y, OUT, row, col, n_rows, D, beta, alpha, threshold,
             RELU, MASK, PARTS, OUT_DTYPE, BLOCK_M, BLOCK_N, DESCRIBED,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..library import on_device_of
-from ..triton_common import dot_precision
+from ..triton_common import dot, dot_precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -89,7 +89,7 @@ def _visit(
     """One online-softmax step of row tile j over the rows [start, start + VISIT)."""
     rows_i = start + tl.arange(0, VISIT)
     w_i = _load_rows(base, rows_i, cols, stride_n, N, HEAD_DIM, WHOLE=not MASKED)
-    s = tl.dot(w_j, tl.trans(w_i), input_precision=PRECISION)  # [OWN, VISIT], unscaled
+    s = dot(w_j, tl.trans(w_i), None, PRECISION)  # [OWN, VISIT], unscaled
     if MASKED:
         seen = rows_i[None, :] < N
         if CAUSAL:
@@ -99,7 +99,7 @@ def _visit(
     p = tl.exp2(s * scale_log2 - m_new[:, None])  # one FMA and one exponential each
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(w_i.dtype), w_i, acc * shrink[:, None], input_precision=PRECISION)
+    acc = dot(p.to(w_i.dtype), w_i, acc * shrink[:, None], PRECISION)
     return acc, m_new, total
 
 
@@ -182,13 +182,13 @@ def _visit_backward(
     """
     rows_i = start + tl.arange(0, VISIT)
     w_i = _load_rows(w_base, rows_i, cols, stride_n, N, HEAD_DIM)
-    s = tl.dot(w_j, tl.trans(w_i), input_precision=PRECISION)  # [OWN, VISIT], unscaled
+    s = dot(w_j, tl.trans(w_i), None, PRECISION)  # [OWN, VISIT], unscaled
     ds = tl.zeros_like(s)  # scale (dS_ji + dS_ij^T)
     if PART != "after":
         p_ji = tl.exp2(s * scale_log2 - lse_j[:, None])  # scale P_ji: lse_j carries the scale
         if PART == "diagonal":
             p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
-        dp_ji = tl.dot(do_j, tl.trans(w_i), input_precision=PRECISION)
+        dp_ji = dot(do_j, tl.trans(w_i), None, PRECISION)
         ds += p_ji * (dp_ji - delta_j[:, None])
     if PART != "before":
         do_i = _load_rows(do_base, rows_i, cols, do_stride_n, N, HEAD_DIM)
@@ -197,10 +197,10 @@ def _visit_backward(
         p_ij = tl.exp2(s * scale_log2 - lse_i[None, :])  # P_ij^T
         if PART == "diagonal":
             p_ij = tl.where(rows_j[:, None] <= rows_i[None, :], p_ij, 0.0)
-        acc = tl.dot(p_ij.to(do_i.dtype), do_i, acc, input_precision=PRECISION)
-        dp_ij = tl.dot(w_j, tl.trans(do_i), input_precision=PRECISION)  # dP_ij^T
+        acc = dot(p_ij.to(do_i.dtype), do_i, acc, PRECISION)
+        dp_ij = dot(w_j, tl.trans(do_i), None, PRECISION)  # dP_ij^T
         ds += p_ij * (dp_ij * scale - delta_i[None, :])
-    return tl.dot(ds.to(w_i.dtype), w_i, acc, input_precision=PRECISION)
+    return dot(ds.to(w_i.dtype), w_i, acc, PRECISION)
 
 
 @triton.jit
