@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import gram_reference
-
 
 def make_gram(weight: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
     """G (D, D) in ``dtype``, computed in the weight's own."""
-    return gram_reference(weight, step_size).to(dtype)
+    return torch.addmm(weight, weight.mT, weight, beta=step_size, alpha=-step_size).to(dtype)
 
 
 def refresh_gram(weight: Tensor, seen: Tensor, gram: Tensor, step_size: float) -> None:
@@ -25,7 +23,7 @@ def refresh_gram(weight: Tensor, seen: Tensor, gram: Tensor, step_size: float) -
 
 def apply_gram(x: Tensor, xc: Tensor, gram: Tensor, threshold: float) -> Tensor:
     """relu(x + xc G - threshold)"""
-    return _add_gemm(x, xc, gram).sub_(threshold).relu_()
+    return _add_gemm(x, xc, gram, minus=threshold).relu_()
 
 
 def apply_weight(
@@ -34,7 +32,7 @@ def apply_weight(
     """relu(x + eta (xc - xc W^T) W - threshold)"""
     weight = weight.to(xc.dtype)
     residual = _add_gemm(xc, xc, weight.mT, alpha=-1.0)
-    return _add_gemm(x, residual, weight, alpha=step_size).sub_(threshold).relu_()
+    return _add_gemm(x, residual, weight, alpha=step_size, minus=threshold).relu_()
 
 
 def backward_gram(
@@ -56,7 +54,7 @@ def backward_gram(
         dx = _add_gemm(g, gc, gram.mT).to(x_dtype)
     if wants_weight:
         m = (_rows(xc).mT @ _rows(gc)).to(weight.dtype)
-        dw = torch.addmm(m, weight, m + m.mT, alpha=-1.0).mul_(step_size)
+        dw = torch.addmm(m, weight, m + m.mT, beta=step_size, alpha=-step_size)
     return dx, dw
 
 
@@ -86,12 +84,13 @@ def backward_weight(
     return dx, dw
 
 
-def _add_gemm(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """c + alpha a b over all leading dimensions: one library call where the dtypes agree."""
+def _add_gemm(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, minus: float = 0.0) -> Tensor:
+    """c - minus + alpha a b over all leading dimensions, contiguous."""
+    out = torch.sub(_rows(c), minus).contiguous()
     if a.dtype == c.dtype:
-        out = torch.addmm(_rows(c), _rows(a), b, alpha=alpha)
+        out.addmm_(_rows(a), b, alpha=alpha)
     else:
-        out = torch.add(_rows(c), _rows(a) @ b, alpha=alpha)
+        out.add_(_rows(a) @ b, alpha=alpha)
     return out.view(c.shape)
 
 
