@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from crate_kernels.bench import cases, peers, roofline, timing, workloads
-from crate_kernels.bench.run import OK, UNAVAILABLE, Settings, run_workload
+from crate_kernels.bench.run import OK, STEPS_A_SAMPLE, UNAVAILABLE, Settings, run_workload
 from crate_kernels.bench.workloads import Workload
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -43,7 +43,10 @@ def test_workload(w: Workload, name: str, benchmark: Any) -> None:
         pytest.skip(checked.note)
     assert checked.status == OK, checked.note
     case = cases.make_case(w, DEVICE, seed=0)
-    run = timing.prepare([case.step(candidate, i) for i in range(case.sets)], DEVICE, graph=False)
+    steps = [case.step(candidate, i) for i in range(case.sets)]
+    # As many calls for every candidate, else pytest-benchmark could not compare them.
+    inner = STEPS_A_SAMPLE * case.sets if DEVICE.type == "cuda" else 1
+    run = timing.prepare(steps, DEVICE, graph=False, inner=inner)
 
     def calls() -> None:
         run.call()

@@ -20,7 +20,7 @@ from crate_kernels.mssa import triton_kernels as mssa_kernels
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="nothing is compiled there")
 
 # Bytes of shared memory that one block may have.
-SHARED_MEMORY = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (9, 0): 227 * 1024}
+SHARED_MEMORY = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}
 
 ROWS = (1, 37, 64, 197, 512, 1024, 4096, 8192)
 ATTENTION = [
