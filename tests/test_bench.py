@@ -408,6 +408,24 @@ def test_runs_from_end_to_end(
             assert float(row["over_floor"]) > 0 and float(row["speedup"]) > 0
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "run_workload", fail)
+    (tmp_path / "file").touch()
+    assert run_bench("--suite", "core", "--out", str(tmp_path / "file" / "folder")) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_the_seed_of_a_run_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = []
+    for _ in range(2):
+        assert main(["bench", "--device", "cpu", "--quick", "--check-only", "--suite", "ista"]) == 0
+        commands.append(capsys.readouterr().out.splitlines()[1])
+    seeds = [line.rsplit("--seed ", 1)[1] for line in commands]
+    assert seeds[0] != seeds[1] and all(seed.isdigit() for seed in seeds)
+
+
 @pytest.mark.parametrize("autocast", [[], ["--autocast"]])
 def test_half_precision_passes_the_gate(autocast: list[str], small_model: None) -> None:
     assert run_bench(*SMALL, "--dtype", "bf16", "--check-only", *autocast) == 0

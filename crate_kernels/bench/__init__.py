@@ -38,9 +38,13 @@ def main(args: argparse.Namespace) -> int:
             name: [(w, candidates_for(w, device.type, args)) for w in workloads]
             for name, workloads in suites.items()
         }
-    except ValueError as error:
+        if args.out is not None:
+            report.prepare(Path(args.out))
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    if args.seed is None:  # so that the command printed repeats a failure
+        args.seed = int.from_bytes(os.urandom(4), "little")
     machine = _machine(args, device)
     print(f"{machine}\n{machine.command}", flush=True)
     failed = False
@@ -72,7 +76,7 @@ def _run_suite(
             seconds=args.seconds,
             graph=args.graph,
             check_only=args.check_only,
-            seed=args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "little"),
+            seed=args.seed,
             versus=args.versus,
             progress=lambda what, label=w.label: progress.describe(  # type: ignore[misc]
                 f"{name} {label}: {what}"

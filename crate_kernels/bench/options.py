@@ -12,7 +12,7 @@ import torch
 
 from .. import backends
 from .peers import CANDIDATES, OURS, Candidate, all_names, candidate
-from .workloads import CPU, DTYPES, MODELS, MODES, SUITES, Workload, named_set
+from .workloads import DTYPES, MODELS, MODES, SUITES, Workload, named_set
 
 SIZES = ("batch", "tokens", "heads", "head_dim", "width")
 LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
@@ -81,7 +81,7 @@ def command(args: argparse.Namespace) -> str:
 def select(args: argparse.Namespace, device: torch.device) -> dict[str, list[Workload]]:
     """The workloads of each suite asked for, in order."""
     if args.suite == ["cpu"]:
-        source = {"cpu": named_set("cpu", args.quick)["model"] if args.quick else CPU["model"]}
+        source = {"cpu": named_set("cpu", args.quick)["model"]}
     else:
         sets = named_set(device.type, args.quick)
         names = SUITES if "all" in args.suite else tuple(dict.fromkeys(args.suite))
@@ -114,7 +114,7 @@ def _changed(
         axes |= {"batch": args.batch} if args.batch else {}
     else:
         axes |= {size: _listed(value) for size in SIZES if (value := getattr(args, size))}
-        axes |= {"causal": [True]} if args.causal else {}
+        axes |= {"causal": [True]} if args.causal and workloads[0].suite != "ista" else {}
         axes |= {"autocast": [True]} if args.autocast else {}
     axes |= {"dtype": [args.dtype]} if args.dtype else {}
     found = []

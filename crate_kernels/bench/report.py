@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 import tempfile
@@ -107,6 +108,14 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 # ---- files
+
+
+def prepare(out: Path) -> None:
+    """Make ``out``, and refuse before anything is measured what could not be written after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("bench: expected matplotlib for --out, got none: pip install matplotlib")
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
 
 
 def write(
