@@ -21,7 +21,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """Register ``crate_kernels::<schema>`` on all devices."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, in_its_own_dtypes(implementation), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _in_its_own_dtypes(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"crate_kernels::{name}", fake, lib=LIBRARY)
 
 
@@ -42,18 +42,15 @@ def define_gradient(
     torch.library.register_autograd(f"crate_kernels::{name}_backward", refuse, lib=LIBRARY)
 
 
-def in_its_own_dtypes(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _in_its_own_dtypes(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Run with autocast off: the public functions have already chosen every dtype."""
 
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
         device_type = next(a.device.type for a in args if isinstance(a, Tensor))
         # An output may be a view of what was made in here, without being one to autograd.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            if not autocast_is_on(device_type):
-                return implementation(*args)
-            with torch.autocast(device_type, enabled=False):
-                return implementation(*args)
+        with torch._C._AutoDispatchBelowADInplaceOrView(), autocast_off(device_type):
+            return implementation(*args)
 
     return run
 
@@ -68,6 +65,13 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
 def autocast_is_on(device_type: str) -> bool:
     """torch.is_autocast_enabled, which does not know meta."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Nothing where it is off already, as it mostly is."""
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -432,16 +433,29 @@ def test_tensors_without_values():
         assert ista(torch.empty(5, 4), torch.empty(4, 4)).shape == (5, 4)
 
 
-def test_threads_share_a_weight():
-    """Whichever comes first makes G again; none goes on with the old one."""
-    x, weights = torch.randn(40, 32), [torch.randn(32, 32) for _ in range(2)]
-    shared = torch.empty(32, 32)
-    with ThreadPoolExecutor(4) as pool:
-        for turn in range(40):
-            shared.copy_(weights[turn % 2])
-            want = published_ista(x, shared)
-            for y in pool.map(lambda _: ista(x, shared), range(4)):
-                torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+def test_a_thread_never_takes_what_another_has_half_made(monkeypatch):
+    """One thread is stopped between seen and gram, as on a GPU; the other goes on."""
+    x, weight = torch.randn(5, 4), torch.randn(4, 4)
+    refresh, halfway, done = torch_kernels.refresh_gram, threading.Event(), threading.Event()
+
+    def stopped(weight, seen, gram, step_size):
+        monkeypatch.setattr(torch_kernels, "refresh_gram", refresh)
+        refresh(weight, seen, torch.empty_like(gram), step_size)
+        halfway.set()
+        assert done.wait(30)
+        gram.copy_(torch_kernels.make_gram(weight, step_size, gram.dtype))
+
+    ista(x, weight)
+    weight.mul_(1.5)
+    want = published_ista(x, weight)
+    monkeypatch.setattr(torch_kernels, "refresh_gram", stopped)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ista, x, weight)
+        assert halfway.wait(30)
+        second = ista(x, weight)
+        done.set()
+        for y in (second, first.result(), ista(x, weight)):
+            torch.testing.assert_close(y, want)
 
 
 def test_a_result_is_never_an_alias_of_the_cache():

@@ -8,7 +8,6 @@ or until a call with another dtype, step size or stream.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..library import in_its_own_dtypes
+from ..library import autocast_off
 from . import torch_kernels
 
 
@@ -28,7 +27,6 @@ class _Entry:
 
 
 _entries = WeakTensorKeyDictionary()
-_lock = threading.Lock()  # comparing and making again must not mix with another thread's
 
 
 def cached_gram(
@@ -43,18 +41,17 @@ def cached_gram(
         return None
     stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
     key = (weight.shape, weight.dtype, weight.device, dtype, step_size, kernels, stream)
-    with _lock:
-        # Out while it is refreshed: if that is interrupted, seen may be ahead of gram.
-        entry = _entries.pop(weight, None)
-        if entry is None or entry.key != key:
-            with torch.inference_mode(False):  # to be written in and out of that mode
-                options: Any = {"dtype": weight.dtype, "device": weight.device}
-                seen = torch.full(weight.shape, float("nan"), **options)
-                entry = _Entry(key, seen, torch.empty_like(seen, dtype=dtype))
-        with torch.no_grad():
-            refresh = in_its_own_dtypes(kernels.refresh_gram)
-            refresh(weight.detach(), entry.seen, entry.gram, step_size)
-        _entries[weight] = entry
+    # Out while it is refreshed, when seen may be ahead of gram: an interruption leaves nothing
+    # behind, and another thread makes an entry of its own.
+    entry = _entries.pop(weight, None)
+    if entry is None or entry.key != key:
+        with torch.inference_mode(False):  # to be written in and out of that mode
+            options: Any = {"dtype": weight.dtype, "device": weight.device}
+            seen = torch.full(weight.shape, float("nan"), **options)
+            entry = _Entry(key, seen, torch.empty_like(seen, dtype=dtype))
+    with torch.no_grad(), autocast_off(weight.device.type):
+        kernels.refresh_gram(weight.detach(), entry.seen, entry.gram, step_size)
+    _entries[weight] = entry
     return entry.gram
 
 
