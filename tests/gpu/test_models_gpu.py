@@ -220,10 +220,14 @@ def test_the_device_of_the_tensors_counts():
 
 
 def test_data_parallel_on_all_devices():
+    """Each device's share of the batch, as one device computes it."""
     torch.manual_seed(0)
     model = fused_copy(small_crate())
-    batch = images(16)
-    parallel = torch.nn.DataParallel(model)
-    want, got = gradients(model, *batch), gradients(parallel, *batch)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.05 * b.abs().max().item())
+    devices = torch.cuda.device_count()
+    x, labels = images(16)
+    shares = list(zip(x.chunk(devices), labels.chunk(devices), strict=True))
+    got = gradients(torch.nn.DataParallel(model), x, labels)
+    each = [gradients(model, *share) for share in shares]
+    for a, *parts in zip(got, *each, strict=True):
+        want = sum(g * len(share[0]) / len(x) for g, share in zip(parts, shares, strict=True))
+        torch.testing.assert_close(a, want)
