@@ -2,7 +2,7 @@
 # which is made on first use (tools/python_for.sh). PYTHON=... names another. ARGS=... goes to the
 # command: make demo ARGS=--no-bench, make gpu-bench ARGS="--suite core".
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test gpu-bench lint format clean
+.PHONY: help demo build test gpu-test gpu-sanitize gpu-bench lint format clean
 SHELL := /bin/bash
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHON
@@ -11,7 +11,11 @@ ARGS ?=
 # $(call python_with,MODULES): sets $$py to a Python that has them, and shows the commands after it.
 python_with = py=$$(tools/python_for.sh $(1)) && set -x
 CHECKERS := torch ruff== mypy== clang-format==
-CSRC = $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu)
+CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu)
+BUILDERS := setuptools pybind11 cmake ninja
+# The CUDA kernels into crate_kernels/, where there is nvcc; setup.py says so where there is not.
+BUILD_DIR = build/$$($$py -c 'import sys; print(sys.implementation.cache_tag)')
+BUILD = $$py setup.py build_ext --inplace --build-temp $(BUILD_DIR)
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,19 +24,30 @@ demo: ## build, swap, check, train on real images, compare speeds (CPU or GPU)
 	@$(call python_with,torch numpy sklearn matplotlib tqdm) && \
 	$$py -m crate_kernels demo $(ARGS)
 
+build: ## compile the CUDA kernels for this checkout (needs nvcc)
+	@$(call python_with,$(BUILDERS)) && $(BUILD)
+
 test: ## every test that needs no GPU
-	@$(call python_with,torch triton numpy einops sklearn matplotlib tqdm pytest) && \
+	@$(call python_with,torch triton numpy einops sklearn matplotlib tqdm pytest $(BUILDERS)) && \
 	TRITON_INTERPRET=1 $$py -m pytest tests/interpreter -q $(ARGS) && \
 	$$py -m pytest tests -m "not gpu" --ignore=tests/interpreter $(ARGS)
 
 gpu-test: ## the tests that need a CUDA device
-	@$(call python_with,torch triton numpy pytest) && \
+	@$(call python_with,torch triton numpy pytest $(BUILDERS)) && \
 	$$py -c 'import torch; torch.cuda.is_available() or exit("gpu-test: no CUDA device here")' && \
+	$(BUILD) && \
 	$$py -m pytest tests/gpu -q $(ARGS)
 
+gpu-sanitize: ## the C++ test of the CUDA kernels under compute-sanitizer
+	@$(call python_with,$(BUILDERS)) && $(BUILD) && \
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(BUILD_DIR)/smoke_test || exit; \
+	done
+
 gpu-bench: ## all benchmarks, into docs/results
-	@$(call python_with,torch triton matplotlib) && \
+	@$(call python_with,torch triton matplotlib $(BUILDERS)) && \
 	$$py -c 'import torch; torch.cuda.is_available() or exit("gpu-bench: no CUDA device here")' && \
+	$(BUILD) && \
 	$$py -m crate_kernels bench --suite all --out docs/results $(ARGS)
 
 lint: ## style, types, formatting
@@ -48,4 +63,5 @@ format: ## put the code into the shape that lint wants
 
 clean: ## remove what the other targets made, .venv included
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .benchmarks build dist demo_output *.egg-info
+	rm -f crate_kernels/_cuda*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import cuda_extension
+
 logger = logging.getLogger("crate_kernels")
 
 # In order of preference under "auto".
-BACKENDS = ("triton", "reference")
+BACKENDS = ("cuda", "triton", "reference")
 # Replaces backend="auto" everywhere: "auto", or one of BACKENDS.
 BACKEND_VARIABLE = "CRATE_KERNELS_BACKEND"
 
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+CUDA_HEAD_DIMS = (48, 64, 80, 128)  # kHeadDims of csrc/crate_kernels.h
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 
@@ -44,9 +48,18 @@ class Explanation:
 
 def explain(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> Explanation:
     """What fits op on ``x`` computing in ``dtype``; head_dim is None for ops without heads."""
-    reasons = {"triton": _against_triton(x, dtype, head_dim), "reference": ()}
+    reasons = {
+        "cuda": _against_cuda(x, dtype, head_dim),
+        "triton": _against_triton(x, dtype, head_dim),
+        "reference": (),
+    }
     fits = [name for name in BACKENDS if not reasons[name]]
-    return Explanation(op, fits[0], reasons)
+    return Explanation(op, _best(fits), reasons)
+
+
+def _best(fits: list[str]) -> str:
+    """What "auto" takes of the backends that fit: the first. Measured exceptions go here."""
+    return fits[0]
 
 
 def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> str:
@@ -72,6 +85,21 @@ def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int |
     return backend
 
 
+def _against_cuda(x: Tensor, dtype: torch.dtype, head_dim: int | None) -> tuple[str, ...]:
+    reasons = list(_against_cuda_on(x.device.type, x.device.index))
+    if dtype not in CUDA_DTYPES:
+        reasons.append(f"dtype {dtype}: CUDA kernels compute in float16 and bfloat16")
+    if head_dim is not None and head_dim not in CUDA_HEAD_DIMS:
+        reasons.append(f"head_dim {head_dim}: CUDA kernels are built for {CUDA_HEAD_DIMS}")
+    if head_dim is None and x.shape[-1] % 8 != 0:
+        reasons.append(f"D = {x.shape[-1]}: CUDA kernels take multiples of 8")
+    return tuple(reasons)
+
+
+def _against_cuda_on(device_type: str, device_index: int | None) -> tuple[str, ...]:
+    return cuda_extension.against(device_type, device_index)
+
+
 def _against_triton(x: Tensor, dtype: torch.dtype, head_dim: int | None) -> tuple[str, ...]:
     reasons = list(_against_triton_on(x.device.type, x.device.index))
     if dtype not in TRITON_DTYPES:
@@ -86,7 +114,8 @@ def _against_triton_on(device_type: str, device_index: int | None) -> tuple[str,
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo and Triton.
-_against_triton_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (_against_cuda_on, _against_triton_on):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -43,10 +43,11 @@ def test_explain_on_the_cpu(op):
     assert (found.op, found.chosen) == (op, "reference")
     assert tuple(found.reasons) == backends.BACKENDS
     assert found.reasons["reference"] == ()
-    assert any("device cpu" in reason for reason in found.reasons["triton"])
     lines = str(found).splitlines()
     assert lines[0] == f"{op}: auto takes reference"
-    assert any("triton" in line and "device cpu" in line for line in lines)
+    for backend in ("cuda", "triton"):
+        assert any("device cpu" in reason for reason in found.reasons[backend])
+        assert any(backend in line and "device cpu" in line for line in lines)
     assert any("reference" in line and "fits" in line for line in lines[1:])
 
 
@@ -71,11 +72,61 @@ def test_explain_does_not_compute():
     assert any("device meta" in reason for reason in found.reasons["triton"])
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
-def test_triton_on_the_cpu_raises_with_every_reason(op):
+def test_a_gpu_backend_on_the_cpu_raises_with_every_reason(op, backend):
     function, given = calls(torch.float64)[op]
-    with pytest.raises(ValueError, match=f"{op}: .*'triton'.*device cpu.*float64"):
-        function(**given, backend="triton")
+    with pytest.raises(ValueError, match=f"{op}: .*'{backend}'.*device cpu.*float64"):
+        function(**given, backend=backend)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """As if the tensors were on a device that takes the CUDA kernels, and these were built."""
+    for name in ("_against_cuda_on", "_against_triton_on"):
+        monkeypatch.setattr(backends, name, lambda *device: ())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "against"),
+    [
+        (torch.float16, 48, []),
+        (torch.bfloat16, 128, []),
+        (torch.bfloat16, 72, ["head_dim 72: CUDA kernels are built for (48, 64, 80, 128)"]),
+        (torch.float32, 64, ["dtype torch.float32: CUDA kernels compute in float16 and bfloat16"]),
+        (torch.float32, 32, ["dtype torch.float32", "head_dim 32"]),
+    ],
+)
+def test_attention_that_the_cuda_kernels_take(dtype, head_dim, against, on_hopper, fresh):
+    w = torch.zeros(2, 5, 2 * head_dim, dtype=dtype)
+    found = crate_kernels.explain("tied_attention", w, heads=2)
+    assert found.chosen == ("triton" if against else "cuda")
+    assert len(found.reasons["cuda"]) == len(against)
+    for reason, start in zip(found.reasons["cuda"], against, strict=True):
+        assert reason.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "against"),
+    [
+        (torch.bfloat16, 768, []),
+        (torch.bfloat16, 20, ["D = 20: CUDA kernels take multiples of 8"]),
+        (torch.float32, 64, ["dtype torch.float32"]),
+    ],
+)
+def test_ista_that_the_cuda_kernels_take(dtype, d, against, on_hopper, fresh):
+    x, weight = torch.zeros(3, d, dtype=dtype), torch.zeros(d, d, dtype=dtype)
+    found = crate_kernels.explain("ista", x, weight)
+    assert found.chosen == ("triton" if against else "cuda")
+    for reason, start in zip(found.reasons["cuda"], against, strict=True):
+        assert reason.startswith(start)
+
+
+def test_autocast_decides_what_the_cuda_kernels_compute_in(on_hopper, fresh):
+    x, weight = torch.zeros(3, 64), torch.zeros(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert crate_kernels.explain("ista", x, weight).chosen == "cuda"
+        assert crate_kernels.explain("mssa", x[None], weight, heads=1).chosen == "cuda"
 
 
 @pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
@@ -108,9 +159,12 @@ def test_a_backend_by_name_is_not_logged(fresh, caplog):
 def test_variable_replaces_auto_only(op, fresh, monkeypatch):
     function, given = calls()[op]
     monkeypatch.setenv(backends.BACKEND_VARIABLE, "triton")
-    with pytest.raises(ValueError, match="device cpu"):
+    with pytest.raises(ValueError, match=r"'triton'.*device cpu"):
         function(**given)
     function(**given, backend="reference")
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match=r"'cuda'.*device cpu"):
+        function(**given)
     monkeypatch.setenv(backends.BACKEND_VARIABLE, "reference")
     function(**given)
     with pytest.raises(ValueError, match="device cpu"):
@@ -139,6 +193,7 @@ def test_import_is_lazy_and_leaves_the_device_alone():
         "x = torch.randn(1, 3, 8)\n"
         "crate_kernels.ista(x, torch.eye(8)), crate_kernels.tied_attention(x, heads=2)\n"
         "assert 'crate_kernels.mssa.triton_kernels' not in sys.modules\n"
+        "assert 'crate_kernels.mssa.cuda_kernels' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from building import ROOT, build, copy_source, missing_tools
 
 import crate_kernels
-
-ROOT = Path(__file__).parent.parent
 
 
 def python(*args: str, **options: object) -> str:
@@ -34,7 +33,15 @@ def test_import_leaves_the_gpu_and_triton_alone() -> None:
     )
     initialised, modules = python("-c", code, cwd=ROOT).split(maxsplit=1)
     assert initialised == "False"
-    for name in ("triton", "torch._dynamo", "sklearn", "matplotlib", "tqdm", "einops"):
+    for name in (
+        "crate_kernels._cuda",
+        "triton",
+        "torch._dynamo",
+        "sklearn",
+        "matplotlib",
+        "tqdm",
+        "einops",
+    ):
         assert f"'{name}'" not in modules, f"{name} takes its time, and not everybody has it"
 
 
@@ -77,24 +84,58 @@ def test_makefile_describes_every_target() -> None:
     assert set(phony[1].split()) == set(re.findall(r"^([a-z-]+):.*## ", makefile, re.M))
 
 
-def test_wheel_holds_every_module(tmp_path: Path) -> None:
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
     setuptools = pytest.importorskip("setuptools")
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip("setuptools before 77 does not know the form of our licence field")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "crate_kernels", source / "crate_kernels", ignore=ignore)
-    build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    python("-c", build, str(tmp_path), cwd=source)
-    (wheel,) = tmp_path.glob("*.whl")
+    return copy_source(tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({"CRATE_KERNELS_SKIP_CUDA": "1"}, "CRATE_KERNELS_SKIP_CUDA was set"),
+        ({"PATH": "/nowhere", "CUDACXX": ""}, "nvcc was not found"),
+    ],
+)
+def test_wheel_without_the_cuda_kernels(source: Path, variables: dict[str, str], why: str) -> None:
+    """Holds every module, and says why it holds no more."""
+    done = build("wheel", source, **variables)
+    assert done.returncode == 0, done.stdout
+    assert f"without the CUDA kernels of csrc/: {why}" in done.stdout
+    (wheel,) = source.glob("dist/*-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("crate_kernels/")}
         metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA")))
+        recorded = archive.read("crate_kernels/_cuda_not_built.txt").decode()
+    assert recorded.startswith(why) and "when crate_kernels was installed" in recorded
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "crate_kernels").rglob("*.py")}
-    assert held == expected | {"crate_kernels/py.typed"}
+    assert held == expected | {"crate_kernels/py.typed", "crate_kernels/_cuda_not_built.txt"}
     headers = metadata.decode().splitlines()
     assert f"Version: {crate_kernels.__version__}" in headers
     assert "License-Expression: MIT" in headers
+
+
+def test_sdist_holds_what_a_build_needs(source: Path) -> None:
+    done = build("sdist", source, CRATE_KERNELS_SKIP_CUDA="1")
+    assert done.returncode == 0, done.stdout
+    (sdist,) = source.glob("dist/*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    csrc = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")}
+    assert held >= csrc | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"}
+
+
+def test_a_failed_build_of_the_cuda_kernels_fails_the_install(source: Path, tmp_path: Path) -> None:
+    missing = [tool for tool in missing_tools() if tool != "nvcc"]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    done = build("wheel", source, CUDACXX=str(broken))
+    assert done.returncode != 0
+    assert "the CUDA kernels of crate_kernels could not be built" in done.stdout
+    assert "CRATE_KERNELS_SKIP_CUDA=1" in done.stdout
+    assert not list(source.glob("dist/*.whl"))

@@ -108,15 +108,18 @@ Set = dict[str, tuple[Workload, ...]]
 # What a CUDA device is measured on; the targets are an H200's.
 H200: Set = {
     "core": (
-        *core(128, 197, 12, 1.0, 1.7),
-        *core(512, 50, 12, 2.2, 3.3),
-        *core(64, 512, 12, 1.0, 1.25),
-        *core(32, 785, 12, 1.0, 1.25),
-        *core(8, 4096, 16, 0.85, 1.0),
-        *core(16, 1024, 12, 0, 0, causal=True),
+        *core(128, 197, 12, 1.7, 2.6),
+        *core(512, 50, 12, 3.0, 4.5),
+        *core(64, 512, 12, 1.2, 1.8),
+        *core(32, 785, 12, 1.4, 1.8),
+        *core(8, 4096, 16, 1.08, 1.3),
+        *core(16, 1024, 12, 1.2, 1.6, causal=True),
         *core(256, 197, 12, 0, 0, head_dim=48),
     ),
-    "mssa": (Workload("mssa", "forward", 128), Workload("mssa", "forward+backward", 128)),
+    "mssa": (
+        Workload("mssa", "forward", 128, target=1.25),
+        Workload("mssa", "forward+backward", 128, target=1.6),
+    ),
     "ista": (
         Workload("ista", "forward", 128, target=2.2),
         Workload("ista", "forward+backward", 128, target=2.3),

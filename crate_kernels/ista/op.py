@@ -42,7 +42,7 @@ def ista(
         weight: dictionary W (D, D), as the published FeedForward stores it.
         step_size: eta >= 0.
         lambd: sparsity penalty lambda >= 0.
-        backend: "auto", "triton" or "reference"; see :func:`crate_kernels.explain`.
+        backend: "auto", "cuda", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
     Returns:
         Shaped as x, contiguous. Under autocast the GEMM runs in autocast's dtype while x is
@@ -65,7 +65,7 @@ def ista(
         gram = cached_gram(weight, step_size, xc.dtype, _kernels(backend))
         if gram is not None:
             return torch.ops.crate_kernels.ista_apply(x, xc, gram, step_size * lambd, backend)
-    y, _ = torch.ops.crate_kernels.ista(x, xc, weight, float(step_size), float(lambd), backend)
+    y, _, _ = torch.ops.crate_kernels.ista(x, xc, weight, float(step_size), float(lambd), backend)
     return y
 
 
@@ -94,6 +94,10 @@ def _check_ista(x: Tensor, weight: Tensor, step_size: float, lambd: float) -> No
 
 def _kernels(backend: str) -> Any:
     """The module that runs ``backend``; Triton is imported at the first launch, not before."""
+    if backend == "cuda":
+        from . import cuda_kernels
+
+        return cuda_kernels
     if backend == "triton":
         from . import triton_kernels
 
@@ -112,23 +116,32 @@ def _through_gram(x: Tensor) -> bool:
 
 def _forward(
     x: Tensor, xc: Tensor, weight: Tensor, step_size: float, lambd: float, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _kernels(backend)
-    if _through_gram(x):
-        gram = kernels.make_gram(weight, step_size, xc.dtype)
-        return kernels.apply_gram(x, xc, gram, step_size * lambd), gram
-    return kernels.apply_weight(x, xc, weight, step_size, step_size * lambd), xc.new_empty(0, 0)
+    no_mask = xc.new_empty(0, dtype=torch.uint8)
+    if not _through_gram(x):
+        y = kernels.apply_weight(x, xc, weight, step_size, step_size * lambd)
+        return y, xc.new_empty(0, 0), no_mask
+    gram = kernels.make_gram(weight, step_size, xc.dtype)
+    if backend == "cuda":
+        y, mask = kernels.apply_gram_and_mask(x, xc, gram, step_size * lambd)
+        return y, gram, mask
+    return kernels.apply_gram(x, xc, gram, step_size * lambd), gram, no_mask
 
 
 def _forward_fake(
     x: Tensor, xc: Tensor, weight: Tensor, step_size: float, lambd: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return _output_like(x, xc), xc.new_empty(weight.shape if _through_gram(x) else (0, 0))
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = 0
+    if backend == "cuda" and _through_gram(x):
+        size = _kernels(backend).mask_bytes(x.numel() // x.shape[-1], x.shape[-1])
+    gram = xc.new_empty(weight.shape if _through_gram(x) else (0, 0))
+    return _output_like(x, xc), gram, xc.new_empty(size, dtype=torch.uint8)
 
 
 def _backward(
     dy: Tensor,
-    y: Tensor,
+    kept: Tensor,
     xc: Tensor,
     weight: Tensor,
     gram: Tensor,
@@ -140,14 +153,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels(backend)
     run = kernels.backward_gram if gram.numel() > 0 else kernels.backward_weight
-    dx, dw = run(dy, y, xc, weight, gram, step_size, x_dtype, wants_x, wants_weight)
+    dx, dw = run(dy, kept, xc, weight, gram, step_size, x_dtype, wants_x, wants_weight)
     empty = xc.new_empty(0)
     return (dx if wants_x else empty), (dw if wants_weight else empty.clone())
 
 
 def _backward_fake(
     dy: Tensor,
-    y: Tensor,
+    kept: Tensor,
     xc: Tensor,
     weight: Tensor,
     gram: Tensor,
@@ -161,15 +174,16 @@ def _backward_fake(
     return dx, (weight.new_empty(weight.shape) if wants_weight else xc.new_empty(0))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, xc, weight, ctx.step_size, _, ctx.backend = inputs
-    y, gram = output
+    y, gram, mask = output
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(y, xc, weight, gram)
-    ctx.mark_non_differentiable(gram)
+    kept = mask if ctx.backend == "cuda" and _through_gram(x) else y
+    ctx.save_for_backward(kept, xc, weight, gram)
+    ctx.mark_non_differentiable(gram, mask)
 
 
-def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     wants_x, _, wants_weight, *_ = ctx.needs_input_grad
     dx, dw = torch.ops.crate_kernels.ista_backward(
         dy, *ctx.saved_tensors, ctx.step_size, ctx.x_dtype, wants_x, wants_weight, ctx.backend
@@ -185,15 +199,17 @@ def _apply_fake(x: Tensor, xc: Tensor, gram: Tensor, threshold: float, backend: 
     return _output_like(x, xc)
 
 
-# xc is x in the dtype of the GEMM (x itself where that is its own); all gradient goes to x.
+# xc is x in the dtype of the GEMM (x itself where that is its own); all gradient goes to x. The
+# mask has the bits of y > 0 where the backend keeps those for its backward pass; otherwise it is
+# empty, and y is kept.
 define(
     "ista(Tensor x, Tensor xc, Tensor weight, float step_size, float lambd, str backend)"
-    " -> (Tensor y, Tensor gram)",
+    " -> (Tensor y, Tensor gram, Tensor mask)",
     _forward,
     _forward_fake,
 )
 define(
-    "ista_backward(Tensor dy, Tensor y, Tensor xc, Tensor weight, Tensor gram, float step_size,"
+    "ista_backward(Tensor dy, Tensor kept, Tensor xc, Tensor weight, Tensor gram, float step_size,"
     " ScalarType x_dtype, bool wants_x, bool wants_weight, str backend) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -43,7 +43,8 @@ def gemm_config(dtype: torch.dtype, n_rows: int, d: int, can_describe: bool) -> 
     if dtype == torch.float32:
         return GemmConfig(64, 64, 32, 1, 4, 3)
     if n_rows * d < 128 * 128 * 256:  # too few large tiles to occupy a GPU
-        return GemmConfig(64, 64, 64, 1, 4, 4)
+        block_m = 64 if n_rows * d <= 64 * 64 * 132 else 128
+        return GemmConfig(block_m, 64, 64, 1, 4, 4, can_describe)
     # Two blocks share a multiprocessor: one's epilogue hides behind the other's products.
     return GemmConfig(128, 128, 64, 4, 4, 3, can_describe)
 

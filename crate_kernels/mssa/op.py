@@ -47,7 +47,7 @@ def mssa(
         heads: number of heads; must divide ``w_qkv.shape[0]``.
         scale: factor on the scores, > 0; head_dim**-0.5 by default.
         causal: let token i see tokens 0..i only.
-        backend: "auto", "triton" or "reference"; see :func:`crate_kernels.explain`.
+        backend: "auto", "cuda", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
     Returns:
         (B, N, D), or (B, N, heads*head_dim) without w_out. The dtype is that of
@@ -168,6 +168,10 @@ def _check_mssa(
 
 def _kernels(backend: str) -> Any:
     """The module that runs ``backend``; Triton is imported at the first launch, not before."""
+    if backend == "cuda":
+        from . import cuda_kernels
+
+        return cuda_kernels
     if backend == "triton":
         from . import triton_kernels
 

@@ -19,6 +19,7 @@ from helpers import (
 
 from crate_kernels import ista
 from crate_kernels.ista import gram_cache
+from crate_kernels.ista.op import explain_ista
 
 triton_kernels = pytest.importorskip("crate_kernels.ista.triton_kernels")
 
@@ -28,6 +29,12 @@ DTYPES = [(d, d) for d in (*HALVES, torch.float32)] + [(torch.float32, d) for d 
 # Rows and width: large and small tiles, rows that fill none, widths that have no descriptors.
 SHAPES = [(6307, 768), (7300, 576), (4400, 1001), (70, 64), (333, 100), (25, 7), (2300, 2048)]
 FEW = [(10, 64), (1, 7), (500, 768)]  # fewer rows than columns: two products
+# For the CUDA kernels: several tiles for each block and less than one, either width of tile, halves
+# of a pair of tiles, and widths that end inside a chunk.
+CUDA_SHAPES = [
+    *((25216, 768), (12608, 1024), (50432, 384), (7300, 576), (6307, 768), (2300, 2048)),
+    *((1000, 640), (333, 104), (129, 8), (70, 64), (10, 64)),
+]
 
 
 def configurations():
@@ -38,6 +45,29 @@ def configurations():
         yield (x_dtype, c_dtype, chosen, gram, described), (x_dtype, c_dtype, rows, d)
     for (x_dtype, c_dtype), (rows, d) in itertools.product(DTYPES, FEW):
         yield (x_dtype, c_dtype, rows, d), (x_dtype, c_dtype, rows, d)
+
+
+def cuda_cases():
+    dtypes = [(d, d) for d in HALVES] + [(torch.float32, d) for d in HALVES]
+    for (x_dtype, c_dtype), (rows, d) in itertools.product(dtypes, CUDA_SHAPES):
+        yield x_dtype, c_dtype, rows, d
+
+
+CASES = [("triton", case) for case in distinct(configurations())]
+CASES += [("cuda", case) for case in cuda_cases()]
+
+
+def skip_unfit(backend):
+    x = torch.empty(1, 64, device="cuda", dtype=torch.bfloat16)
+    against = explain_ista(x, torch.empty(64, 64, device="cuda", dtype=torch.bfloat16)).reasons
+    if against[backend]:
+        pytest.skip(f"{backend}: {'; '.join(against[backend])}")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    skip_unfit(request.param)
+    return request.param
 
 
 def in_dtype(c_dtype, x_dtype, function, **options):
@@ -57,12 +87,13 @@ def inputs_on_gpu(rows, d, x_dtype, c_dtype):
     return inputs, off_the_kink(dy, inputs["x"].to(c_dtype), inputs["weight"])
 
 
-@pytest.mark.parametrize("case", distinct(configurations()), ids=str)
-def test_configuration(case):
+@pytest.mark.parametrize(("backend", "case"), CASES, ids=str)
+def test_configuration(backend, case):
     """As close to float64 as the criterion asks, and REPEATS times the same bits."""
+    skip_unfit(backend)
     x_dtype, c_dtype, rows, d = case
     inputs, dy = inputs_on_gpu(rows, d, x_dtype, c_dtype)
-    fused = in_dtype(c_dtype, x_dtype, ista, backend="triton")
+    fused = in_dtype(c_dtype, x_dtype, ista, backend=backend)
     got = results(fused, inputs, dy)
     plain = results(in_dtype(c_dtype, x_dtype, published_ista), inputs, dy)
     exact = results(published_ista, inputs, dy, torch.float64)
@@ -100,17 +131,17 @@ def in_wider_rows(t):
 
 @pytest.mark.parametrize("change", [unaligned, transposed, in_wider_rows])
 @pytest.mark.parametrize(("rows", "d"), [(6307, 768), (2100, 2048), (2500, 3000)])
-def test_any_strides(change, rows, d):
+def test_any_strides(change, rows, d, backend):
     inputs, dy = inputs_on_gpu(rows, d, torch.bfloat16, torch.bfloat16)
     leaves = {k: change(t).detach().requires_grad_() for k, t in inputs.items()}
-    y = ista(**leaves, backend="triton")
+    y = ista(**leaves, backend=backend)
     y.backward(change(dy))
     plain, exact = (results(published_ista, inputs, dy, dtype) for dtype in (None, torch.float64))
     got = {"y": y.detach(), **{f"d{k}": t.grad for k, t in leaves.items()}}
     assert_as_close_as_plain(got, plain, exact)
 
 
-def test_more_elements_than_32_bits_count():
+def test_more_elements_than_32_bits_count(backend):
     rows, d = (1 << 31) // 768 + 333, 768
     if torch.cuda.mem_get_info()[0] < 48 << 30:
         pytest.skip("needs 48 GiB")
@@ -118,21 +149,43 @@ def test_more_elements_than_32_bits_count():
     weight = inputs["weight"]
     x, do = (torch.zeros(rows, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     x[-1000:], do[-1000:] = inputs["x"], dy
-    got = results(ista, {"x": x, "weight": weight}, do)
+    got = results(ista, {"x": x, "weight": weight}, do, backend=backend)
     assert not got["y"][:-1000].any() and not got["dx"][:-1000].any()
     got |= {name: got[name][-1000:] for name in ("y", "dx")}
     plain, exact = (results(published_ista, inputs, dy, dtype) for dtype in (None, torch.float64))
     assert_as_close_as_plain(got, plain, exact)
 
 
-def test_nan_and_overflow_are_seen():
+def test_nan_and_overflow_are_seen(backend):
     inputs, dy = inputs_on_gpu(3 * 64, 64, torch.float16, torch.float16)
     inputs["x"][100] = float("nan")
-    got = results(ista, inputs, dy)
+    got = results(ista, inputs, dy, backend=backend)
     assert got["y"][100].isnan().all() and got["dweight"].isnan().all()
     assert got["y"][:100].isfinite().all() and got["dx"][:100].isfinite().all()
-    got = results(ista, inputs_on_gpu(192, 64, torch.float16, torch.float16)[0], dy * float("inf"))
+    inputs = inputs_on_gpu(192, 64, torch.float16, torch.float16)[0]
+    got = results(ista, inputs, dy * float("inf"), backend=backend)
     assert not got["dx"].isfinite().all() and not got["dweight"].isfinite().all()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_one_gradient_alone(x_dtype, backend):
+    """The same bits as with both wanted."""
+    inputs, dy = inputs_on_gpu(1500, 384, x_dtype, torch.bfloat16)
+    fused = in_dtype(torch.bfloat16, x_dtype, ista, backend=backend)
+    both = results(fused, inputs, dy)
+    for name in inputs:
+        leaves = {k: t.clone().requires_grad_(k == name) for k, t in inputs.items()}
+        fused(**leaves).backward(dy)
+        assert torch.equal(leaves[name].grad, both[f"d{name}"])
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_compiled(x_dtype, backend):
+    """torch.compile believes the shapes that the ops announce, the mask's too."""
+    inputs, dy = inputs_on_gpu(1500, 384, x_dtype, torch.bfloat16)
+    fused = in_dtype(torch.bfloat16, x_dtype, ista, backend=backend)
+    got = results(torch.compile(fused, fullgraph=x_dtype == torch.bfloat16), inputs, dy)
+    assert all(torch.equal(got[k], t) for k, t in results(fused, inputs, dy).items())
 
 
 # ---- G, kept while no gradient is wanted

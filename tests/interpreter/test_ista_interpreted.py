@@ -180,7 +180,8 @@ def test_opcheck(shape, c_dtype):
     op = torch.ops.crate_kernels
     x, weight = (t.float() for t in ista_inputs(*shape).values())
     xc = x.to(c_dtype)
-    y, gram = op.ista(x, xc, weight, 0.1, 0.2, "triton")
+    y, gram, mask = op.ista(x, xc, weight, 0.1, 0.2, "triton")
+    assert mask.numel() == 0
     leaves = (x.clone().requires_grad_(), xc.clone(), weight.clone().requires_grad_())
     torch.library.opcheck(op.ista, (*leaves, 0.1, 0.2, "triton"))
     saved = (torch.randn_like(y), y, xc, weight, gram, 0.1, torch.float32, True, True, "triton")

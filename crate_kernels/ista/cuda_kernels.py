@@ -1,0 +1,136 @@
+"""ISTA by the CUDA kernels of csrc/ista: float16 and bfloat16, compute capability 9.0.
+
+    forward   y  = relu(x + xc G - t), and the bits of y > 0        ista_forward
+    backward  g  = dy where the bits are set, dx = g + g G^T        ista_backward
+              M  = xc^T g, and M + M^T                              ista_weight
+              dW = eta M - eta W (M + M^T)                          triton_kernels.py
+    per step  G  = eta W - eta W^T W                                triton_kernels.py
+
+The bits stand in for y in the backward pass: one for each of its elements (docs/ista.md). Products
+of D^3 and those of fewer tokens than columns are Triton's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cuda_extension
+from ..library import on_device_of
+from ..triton_common import dot_precision
+from . import triton_kernels
+
+make_gram = triton_kernels.make_gram
+refresh_gram = triton_kernels.refresh_gram
+apply_weight = triton_kernels.apply_weight
+backward_weight = triton_kernels.backward_weight
+
+BLOCK_ROWS, BLOCK_COLUMNS = 128, 64  # of the mask, which comes in whole blocks
+
+
+def mask_bytes(rows: int, d: int) -> int:
+    """Size of the mask of (rows, d): a bit for each element of the blocks that it takes."""
+    blocks = ((rows + BLOCK_ROWS - 1) // BLOCK_ROWS) * ((d + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS)
+    return blocks * (BLOCK_ROWS * BLOCK_COLUMNS // 8)
+
+
+def apply_gram(x: Tensor, xc: Tensor, gram: Tensor, threshold: float) -> Tensor:
+    """relu(x + xc G - threshold)"""
+    return _forward(x, xc, gram, threshold, None)
+
+
+def apply_gram_and_mask(
+    x: Tensor, xc: Tensor, gram: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The same, and the bits of what is not zero in it."""
+    d = x.shape[-1]
+    mask = torch.empty(mask_bytes(x.numel() // d, d), dtype=torch.uint8, device=x.device)
+    return _forward(x, xc, gram, threshold, mask), mask
+
+
+def _forward(x: Tensor, xc: Tensor, gram: Tensor, threshold: float, mask: Tensor | None) -> Tensor:
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, xc.dtype), device=x.device)
+    if y.numel() == 0:
+        return y
+    x = xc if x.dtype == xc.dtype else x.to(y.dtype)
+    x, xc = _readable(x), _readable(xc)
+    _launch(
+        "ista_forward", xc,
+        x=x, xc=xc, gram=gram, y=y, mask=mask, threshold=threshold,
+        dtype=xc.dtype, x_dtype=y.dtype,
+    )  # fmt: skip
+    return y
+
+
+def backward_gram(
+    dy: Tensor,
+    mask: Tensor,
+    xc: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    step_size: float,
+    x_dtype: torch.dtype,
+    wants_x: bool,
+    wants_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """g = dy where the mask is set; dx = g + g G^T; dW = eta (M - W (M + M^T)), M = xc^T g."""
+    dx = dw = None
+    dy, xc = _readable(dy), _readable(xc)
+    g = torch.empty_like(xc) if wants_weight or dy.dtype != xc.dtype else None
+    if wants_x:
+        dx = torch.empty_like(dy)
+    if wants_x or wants_weight:
+        _launch(
+            "ista_backward", xc,
+            dy=dy, mask=mask, gram=gram, g=g, dx=dx, dtype=xc.dtype, x_dtype=dy.dtype,
+        )  # fmt: skip
+    if g is not None and wants_weight:
+        dw = _weight_gradient(xc, g, weight, step_size)
+    return (None if dx is None else dx.to(x_dtype)), dw
+
+
+def _weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
+    """eta (M - W (M + M^T)), M = xc^T g summed in parts of the tokens, in float32."""
+    d = xc.shape[-1]
+    with on_device_of(xc):
+        partials = cuda_extension.load().ista_weight_parts(xc.numel() // d, d)
+    m = torch.empty(d, d, dtype=torch.float32, device=xc.device)
+    # float16 cannot hold a scaled M: its product runs in TF32.
+    dtype = torch.float32 if xc.dtype == torch.float16 else xc.dtype
+    both = torch.empty_like(m, dtype=dtype)
+    _launch(
+        "ista_weight", xc,
+        x=xc, g=g, partials=m.new_empty(partials, d, d), m=m, both=both, dtype=xc.dtype,
+    )  # fmt: skip
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    triton_kernels._gemm(
+        m, weight.to(dtype), both, dw,
+        beta=step_size, alpha=-step_size, precision=dot_precision(xc.dtype),
+    )  # fmt: skip
+    return dw
+
+
+def _readable(t: Tensor) -> Tensor:
+    """t itself where bulk copies can read it (contiguous, at a multiple of 16 bytes), or a copy."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _launch(name: str, like: Tensor, **arguments: Any) -> None:
+    """Call the launcher on the rows of ``like``: tensors by address, dtypes by name."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return cuda_extension.DTYPES[value]
+        return value.data_ptr() if isinstance(value, Tensor) else value or 0
+
+    d = like.shape[-1]
+    with on_device_of(like):
+        getattr(cuda_extension.load(), name)(
+            **{key: plain(value) for key, value in arguments.items()},
+            rows=like.numel() // d,
+            d=d,
+            stream=torch.cuda.current_stream(like.device).cuda_stream,
+        )

@@ -1,0 +1,177 @@
+// The launchers of crate_kernels.h as a Python module, crate_kernels._cuda: the only file here that
+// knows Python. Pointers and the stream come as integers. pybind11 turns std::invalid_argument into
+// ValueError and std::runtime_error into RuntimeError.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "crate_kernels.h"
+
+namespace py = pybind11;
+using namespace crate_kernels;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+
+template <typename T>
+T* at(Pointer pointer) {
+    return reinterpret_cast<T*>(pointer);
+}
+
+cudaStream_t stream_at(Pointer pointer) { return reinterpret_cast<cudaStream_t>(pointer); }
+
+Dtype dtype_named(const std::string& name) {
+    if (name == "float16") return Dtype::kFloat16;
+    if (name == "bfloat16") return Dtype::kBFloat16;
+    if (name == "float32") return Dtype::kFloat32;
+    throw std::invalid_argument("expected dtype float16, bfloat16 or float32, got " + name);
+}
+
+// ---- MSSA
+
+void bind_attention(py::module_& module) {
+    module.def(
+        "attention_forward",
+        [](Pointer w, int64_t w_stride_batch, int64_t w_stride_row, Pointer o, Pointer lse,
+           int batch, int n, int heads, int head_dim, float scale, bool causal,
+           const std::string& dtype, Pointer stream) {
+            const AttentionForward args{
+                .w = at<const void>(w),
+                .w_stride_batch = w_stride_batch,
+                .w_stride_row = w_stride_row,
+                .o = at<void>(o),
+                .lse = at<float>(lse),
+                .batch = batch,
+                .n = n,
+                .heads = heads,
+                .head_dim = head_dim,
+                .scale = scale,
+                .causal = causal,
+                .dtype = dtype_named(dtype),
+            };
+            attention_forward(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("w"),
+        py::arg("w_stride_batch"), py::arg("w_stride_row"), py::arg("o"), py::arg("lse"),
+        py::arg("batch"), py::arg("n"), py::arg("heads"), py::arg("head_dim"), py::arg("scale"),
+        py::arg("causal"), py::arg("dtype"), py::arg("stream"));
+
+    module.def(
+        "attention_backward",
+        [](Pointer grad_o, int64_t grad_o_stride_batch, int64_t grad_o_stride_row, Pointer w,
+           int64_t w_stride_batch, int64_t w_stride_row, Pointer o, Pointer lse, Pointer scratch,
+           Pointer grad_w, int batch, int n, int heads, int head_dim, float scale, bool causal,
+           const std::string& dtype, Pointer stream) {
+            const AttentionBackward args{
+                .grad_o = at<const void>(grad_o),
+                .grad_o_stride_batch = grad_o_stride_batch,
+                .grad_o_stride_row = grad_o_stride_row,
+                .w = at<const void>(w),
+                .w_stride_batch = w_stride_batch,
+                .w_stride_row = w_stride_row,
+                .o = at<const void>(o),
+                .lse = at<const float>(lse),
+                .scratch = at<void>(scratch),
+                .grad_w = at<void>(grad_w),
+                .batch = batch,
+                .n = n,
+                .heads = heads,
+                .head_dim = head_dim,
+                .scale = scale,
+                .causal = causal,
+                .dtype = dtype_named(dtype),
+            };
+            attention_backward(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("grad_o"),
+        py::arg("grad_o_stride_batch"), py::arg("grad_o_stride_row"), py::arg("w"),
+        py::arg("w_stride_batch"), py::arg("w_stride_row"), py::arg("o"), py::arg("lse"),
+        py::arg("scratch"), py::arg("grad_w"), py::arg("batch"), py::arg("n"), py::arg("heads"),
+        py::arg("head_dim"), py::arg("scale"), py::arg("causal"), py::arg("dtype"),
+        py::arg("stream"));
+
+    module.def("attention_backward_scratch", &attention_backward_scratch, py::kw_only(),
+               py::arg("batch"), py::arg("n"), py::arg("heads"));
+}
+
+// ---- ISTA
+
+void bind_ista(py::module_& module) {
+    module.def(
+        "ista_forward",
+        [](Pointer x, Pointer xc, Pointer gram, Pointer y, Pointer mask, int64_t rows, int d,
+           float threshold, const std::string& dtype, const std::string& x_dtype, Pointer stream) {
+            const IstaForward args{
+                .x = at<const void>(x),
+                .xc = at<const void>(xc),
+                .gram = at<const void>(gram),
+                .y = at<void>(y),
+                .mask = at<void>(mask),
+                .rows = rows,
+                .d = d,
+                .threshold = threshold,
+                .dtype = dtype_named(dtype),
+                .x_dtype = dtype_named(x_dtype),
+            };
+            ista_forward(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("x"), py::arg("xc"),
+        py::arg("gram"), py::arg("y"), py::arg("mask"), py::arg("rows"), py::arg("d"),
+        py::arg("threshold"), py::arg("dtype"), py::arg("x_dtype"), py::arg("stream"));
+
+    module.def(
+        "ista_backward",
+        [](Pointer dy, Pointer mask, Pointer gram, Pointer g, Pointer dx, int64_t rows, int d,
+           const std::string& dtype, const std::string& x_dtype, Pointer stream) {
+            const IstaBackward args{
+                .dy = at<const void>(dy),
+                .mask = at<const void>(mask),
+                .gram = at<const void>(gram),
+                .g = at<void>(g),
+                .dx = at<void>(dx),
+                .rows = rows,
+                .d = d,
+                .dtype = dtype_named(dtype),
+                .x_dtype = dtype_named(x_dtype),
+            };
+            ista_backward(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("dy"), py::arg("mask"),
+        py::arg("gram"), py::arg("g"), py::arg("dx"), py::arg("rows"), py::arg("d"),
+        py::arg("dtype"), py::arg("x_dtype"), py::arg("stream"));
+
+    module.def(
+        "ista_weight",
+        [](Pointer x, Pointer g, Pointer partials, Pointer m, Pointer both, int64_t rows, int d,
+           const std::string& dtype, Pointer stream) {
+            const IstaWeight args{
+                .x = at<const void>(x),
+                .g = at<const void>(g),
+                .partials = at<float>(partials),
+                .m = at<float>(m),
+                .both = at<void>(both),
+                .rows = rows,
+                .d = d,
+                .dtype = dtype_named(dtype),
+            };
+            ista_weight(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("x"), py::arg("g"),
+        py::arg("partials"), py::arg("m"), py::arg("both"), py::arg("rows"), py::arg("d"),
+        py::arg("dtype"), py::arg("stream"));
+
+    module.def("ista_mask_bytes", &ista_mask_bytes);
+    module.def("ista_weight_parts", &ista_weight_parts);
+}
+
+}  // namespace
+
+// One bind_ function per op.
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "The CUDA kernels of crate_kernels, for compute capability 9.0.";
+    bind_attention(module);
+    bind_ista(module);
+}

@@ -1,0 +1,37 @@
+// Operands of a product on their way through registers.
+#pragma once
+
+#include <cstdint>
+
+namespace crate_kernels {
+
+// Four 8 x 8 matrices of 2-byte elements: lane 8 i + r has the shared-memory address of row r of
+// the i-th, and receives elements 2 (lane % 4) and the next of row lane / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// From global memory that nothing writes meanwhile; starts here, not where the word is needed.
+__device__ __forceinline__ uint32_t load_word_now(const uint32_t* from) {
+    uint32_t word;
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(word) : "l"(from));
+    return word;
+}
+
+// A mask of two 2-byte elements from the top bits of bytes 0 and 1, of bytes 2 and 3.
+__device__ __forceinline__ uint32_t mask_from_low_bytes(uint32_t bits) {
+    uint32_t mask;  // a selector with 8 added repeats the top bit of its byte
+    asm("prmt.b32 %0, %1, 0, 0x9988;" : "=r"(mask) : "r"(bits));
+    return mask;
+}
+
+__device__ __forceinline__ uint32_t mask_from_high_bytes(uint32_t bits) {
+    uint32_t mask;
+    asm("prmt.b32 %0, %1, 0, 0xBBAA;" : "=r"(mask) : "r"(bits));
+    return mask;
+}
+
+}  // namespace crate_kernels

@@ -1,0 +1,27 @@
+#pragma once
+
+namespace crate_kernels {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kInfinity = __builtin_huge_valf();
+inline constexpr float kNaN = __builtin_nanf("");
+
+// 2^x on the special-function unit: 2 units in the last place, 0 below 2^-126.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Over the four lanes that share a row of a wgmma accumulator.
+__device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
+}
+
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFF, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
+}
+
+}  // namespace crate_kernels

@@ -1,0 +1,95 @@
+// What csrc/ offers: launchers over raw device pointers and a stream. No torch in here.
+//
+// Strides count elements, and the last dimension of every tensor is contiguous. A launcher throws
+// std::invalid_argument for what it does not support and std::runtime_error for what CUDA reports.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace crate_kernels {
+
+enum class Dtype { kFloat16, kBFloat16, kFloat32 };
+
+// o_h = softmax(scale w_h w_h^T) w_h for each head h; lse = logsumexp of the scaled scores.
+struct AttentionForward {
+    const void* w;  // (batch, n, heads * head_dim), float16 or bfloat16
+    int64_t w_stride_batch, w_stride_row;
+    void* o;     // as w, contiguous
+    float* lse;  // (batch, heads, n)
+    int batch, n, heads, head_dim;
+    float scale;
+    bool causal;
+    Dtype dtype;
+};
+void attention_forward(const AttentionForward& args, cudaStream_t stream);
+
+// dw = P^T dO + scale (dS + dS^T) w, dS = P * (dP - delta), dP = dO w^T, delta = rowsum(dO * O).
+struct AttentionBackward {
+    const void* grad_o;  // (batch, n, heads * head_dim), as w
+    int64_t grad_o_stride_batch, grad_o_stride_row;
+    const void* w;
+    int64_t w_stride_batch, w_stride_row;
+    const void* o;     // contiguous, of the forward
+    const float* lse;  // (batch, heads, n), of the forward
+    void* scratch;     // attention_backward_scratch(batch, n, heads) bytes
+    void* grad_w;      // as w, contiguous
+    int batch, n, heads, head_dim;
+    float scale;
+    bool causal;
+    Dtype dtype;
+};
+void attention_backward(const AttentionBackward& args, cudaStream_t stream);
+int64_t attention_backward_scratch(int batch, int n, int heads);  // bytes
+
+// head_dim the attention kernels are built for.
+inline constexpr int kHeadDims[] = {48, 64, 80, 128};
+
+// ISTA on rows of d elements, contiguous; d a multiple of 8. dtype is float16 or bfloat16, x_dtype
+// the same or float32. Pointers are multiples of 16 bytes.
+
+// y = relu(x + xc G - threshold); the mask has a bit for each element of y, 1 where that is not
+// zero (csrc/ista/tiles.cuh has the layout).
+struct IstaForward {
+    const void* x;     // (rows, d), x_dtype
+    const void* xc;    // (rows, d), dtype: x itself where the dtypes are one
+    const void* gram;  // (d, d), dtype
+    void* y;           // (rows, d), x_dtype
+    void* mask;        // ista_mask_bytes(rows, d), or null
+    int64_t rows;
+    int d;
+    float threshold;
+    Dtype dtype, x_dtype;
+};
+void ista_forward(const IstaForward& args, cudaStream_t stream);
+int64_t ista_mask_bytes(int64_t rows, int d);
+
+// g = dy where the mask has ones, else 0; dx = g + g G^T.
+struct IstaBackward {
+    const void* dy;    // (rows, d), x_dtype
+    const void* mask;  // of the forward
+    const void* gram;  // (d, d), dtype
+    void* g;           // (rows, d), dtype; null where unwanted, if dx is not and x_dtype is dtype
+    void* dx;          // (rows, d), x_dtype; null where unwanted
+    int64_t rows;
+    int d;
+    Dtype dtype, x_dtype;
+};
+void ista_backward(const IstaBackward& args, cudaStream_t stream);
+
+// m = x^T g and both = m + m^T, summed in float32 and always in the same order.
+struct IstaWeight {
+    const void* x;    // (rows, d), dtype
+    const void* g;    // (rows, d), dtype
+    float* partials;  // (ista_weight_parts(rows, d), d, d), scratch
+    float* m;         // (d, d)
+    void* both;       // (d, d), bfloat16 if dtype is, else float32
+    int64_t rows;
+    int d;
+    Dtype dtype;
+};
+void ista_weight(const IstaWeight& args, cudaStream_t stream);
+int ista_weight_parts(int64_t rows, int d);
+
+}  // namespace crate_kernels

@@ -1,0 +1,253 @@
+// The epilogue of the ISTA GEMM, by parts of [64 rows][128 bytes]: c comes into shared memory,
+// becomes the output there and leaves.
+#pragma once
+
+#include "../common/fragments.cuh"
+#include "tiles.cuh"
+
+namespace crate_kernels {
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+    if constexpr (__is_same(T, __half)) {
+        return __half22float2(reinterpret_cast<__half2&>(packed));
+    } else {
+        return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(packed));
+    }
+}
+
+template <typename Out>
+__device__ __forceinline__ float2 read_pair(const char* from) {
+    if constexpr (sizeof(Out) == 4) {
+        return *reinterpret_cast<const float2*>(from);
+    } else {
+        return unpack<Out>(*reinterpret_cast<const uint32_t*>(from));
+    }
+}
+
+template <typename Out>
+__device__ __forceinline__ void write_pair(char* to, float2 pair) {
+    if constexpr (sizeof(Out) == 4) {
+        *reinterpret_cast<float2*>(to) = pair;
+    } else {
+        *reinterpret_cast<uint32_t*>(to) = pack<Out>(pair.x, pair.y);
+    }
+}
+
+// Where a thread has columns 8 j + 2 pair and the next of row 16 warp + group + 8 h of a part.
+template <typename Config>
+struct PartPosition {
+    char* shared;
+    int offset;
+
+    __device__ PartPosition(char* shared, int part) : shared(shared) {
+        int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        int group = row % 8, pair = threadIdx.x % 4;
+        offset = part + row * 128 +
+                 (sizeof(typename Config::Out) == 2 ? group * 16 + pair * 4
+                                                    : (group ^ pair / 2) * 16 + pair % 2 * 8);
+    }
+    __device__ char* at(int j, int h) const {
+        constexpr int kShift = sizeof(typename Config::Out) == 2 ? 4 : 5;
+        return shared + (offset ^ j << kShift) + h * 8 * 128;
+    }
+};
+
+// sums += c, which the backward pass masks.
+template <typename Config, int kPart>
+__device__ __forceinline__ void add_part(PartPosition<Config> part, float (&sums)[Config::kSums],
+                                         uint32_t word) {
+    constexpr int kFirst = Config::column_of(kPart) / 8;
+#pragma unroll
+    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
+        int in_word = (kFirst + j) % 8;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float2 c = read_pair<typename Config::Out>(part.at(j, h));
+            if constexpr (Config::kProduct == Product::kBackward) {
+                if (!(word & mask_bit(in_word, h, 0))) c.x = 0;
+                if (!(word & mask_bit(in_word, h, 1))) c.y = 0;
+            }
+            sums[4 * (kFirst + j) + 2 * h] += c.x;
+            sums[4 * (kFirst + j) + 2 * h + 1] += c.y;
+        }
+    }
+}
+
+// Both at once for dy of 2 bytes, with g written, if `g` is not null: rows below `rows`, columns
+// below `columns` of it are inside. Two neighbouring lanes exchange pairs so that each stores 8
+// bytes.
+template <typename Config, int kPart>
+__device__ __forceinline__ void finish_part_and_write_g(PartPosition<Config> part,
+                                                        const float (&sums)[Config::kSums],
+                                                        uint32_t word, typename Config::Out* g,
+                                                        int stride, int rows, int columns) {
+    constexpr int kFirst = Config::column_of(kPart) / 8;
+    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    bool odd = lane % 2;
+    int column = odd * 8 + lane % 4 / 2 * 4;
+    g += row * stride + column;
+#pragma unroll
+    for (int j = 0; j < Config::kPartColumns / 8; j += 2) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            uint32_t pairs[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                uint32_t bits = word << j + i;
+                pairs[i] = *reinterpret_cast<const uint32_t*>(part.at(j + i, h)) &
+                           (h == 0 ? mask_from_low_bytes(bits) : mask_from_high_bytes(bits));
+                float2 c = unpack<typename Config::Out>(pairs[i]);
+                int sum = 4 * (kFirst + j + i) + 2 * h;
+                write_pair<typename Config::Out>(part.at(j + i, h),
+                                                 {sums[sum] + c.x, sums[sum + 1] + c.y});
+            }
+            uint32_t other = __shfl_xor_sync(0xFFFFFFFF, odd ? pairs[0] : pairs[1], 1);
+            if (row + 8 * h < rows && column + 8 * j < columns) {
+                *reinterpret_cast<uint2*>(g + 8 * h * stride + 8 * j) =
+                    odd ? uint2{other, pairs[1]} : uint2{pairs[0], other};
+            }
+        }
+    }
+}
+
+// The output, and in the forward pass the bits of what is not zero.
+template <typename Config, int kPart>
+__device__ __forceinline__ void write_part(PartPosition<Config> part,
+                                           const float (&sums)[Config::kSums], uint32_t& word,
+                                           float threshold) {
+#pragma unroll
+    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
+        constexpr int kFirst = Config::column_of(kPart) / 8;
+        int in_word = (kFirst + j) % 8;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float2 out{sums[4 * (kFirst + j) + 2 * h], sums[4 * (kFirst + j) + 2 * h + 1]};
+            if constexpr (Config::kProduct == Product::kForward) {
+                out.x -= threshold;
+                out.y -= threshold;
+                if (out.x <= 0) {  // false for NaN, which stays
+                    out.x = 0;
+                } else {
+                    word |= mask_bit(in_word, h, 0);
+                }
+                if (out.y <= 0) {
+                    out.y = 0;
+                } else {
+                    word |= mask_bit(in_word, h, 1);
+                }
+            }
+            write_pair<typename Config::Out>(part.at(j, h), out);
+        }
+    }
+}
+
+// This thread's words of a tile's mask.
+template <typename Config>
+struct TileMask {
+    uint32_t* first;
+    int k_blocks;  // those that there are from here on, 0 without a mask
+
+    __device__ TileMask(const GemmParams& p, const Tile& tile) {
+        int k_block = tile.n_block * Config::kBlockN / kBlockK;
+        k_blocks = p.mask && tile.m_block < p.m_blocks ? p.k_blocks - k_block : 0;
+        first = p.mask + (int64_t(tile.m_block) * p.k_blocks + k_block) * kMaskWords +
+                threadIdx.x % 128;
+    }
+    template <int kPart>
+    __device__ __forceinline__ uint32_t* word() const {
+        constexpr int kBlock = Config::column_of(kPart) / kBlockK;
+        constexpr int kHalf = Config::half_of(kPart);
+        return kBlock < k_blocks ? first + kBlock * kMaskWords + kHalf * 128 : nullptr;
+    }
+};
+
+template <typename Config>
+__device__ __forceinline__ void load_part(const GemmParams& p, GemmShared<Config> shared,
+                                          int consumer, const Tile& tile, int part, int slot) {
+    Barrier* barrier = shared.part_loaded(consumer, slot);
+    barrier_expect(barrier, Config::kPartBytes);
+    load_tile(shared.base + shared.part_offset(consumer, slot), &p.c, barrier,
+              tile.n_block * Config::kBlockN + Config::column_of(part),
+              tile.m_block * kBlockM + Config::half_of(part) * 64);
+}
+
+// Parts kPart, kPart + 1, ... of the tile that the schedule is at; kAhead parts later ones of c
+// (maybe of the next tile) are loaded meanwhile. `word` is of the mask that is being made.
+template <typename Config, int kPart>
+__device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Config> shared,
+                                            int consumer, const Schedule& schedule,
+                                            const Tile& tile, RingPosition& at,
+                                            float (&sums)[2][Config::kSums], uint32_t& word) {
+    bool leader = threadIdx.x % Config::kConsumerThreads == 0;
+    int column = tile.n_block * Config::kBlockN + Config::column_of(kPart);
+    int row = tile.m_block * kBlockM + Config::half_of(kPart) * 64;
+    TileMask<Config> mask(p, tile);
+    PartPosition<Config> part(shared.base, shared.part_offset(consumer, at.slot));
+    auto& part_sums = sums[Config::half_of(kPart)];
+
+    // c
+    if constexpr (Config::kHasC) {
+        uint32_t kept = 0;
+        if constexpr (Config::kProduct == Product::kBackward) {
+            const uint32_t* from = mask.template word<kPart>();
+            if (from) kept = load_word_now(from);
+        }
+        barrier_wait(shared.part_loaded(consumer, at.slot), at.parity);
+        if constexpr (Config::kMasksA) {
+            auto g = static_cast<typename Config::Out*>(p.g) + int64_t(row) * p.columns + column;
+            finish_part_and_write_g<Config, kPart>(part, part_sums, kept, g, p.columns,
+                                                   p.g ? p.rows - row : 0, p.columns - column);
+        } else {
+            add_part<Config, kPart>(part, part_sums, kept);
+        }
+    } else {
+        if (leader) wait_stores_read<Config::kBuffers - 1>();
+        sync_threads_of(1 + consumer, Config::kConsumerThreads);
+    }
+
+    // output
+    constexpr int kInWord = kPart % Config::kPartsOfWord;
+    if constexpr (kInWord == 0) word = 0;
+    if constexpr (!Config::kMasksA) {
+        write_part<Config, kPart>(part, part_sums, word, p.threshold);
+    }
+    fence_async_proxy();
+    sync_threads_of(1 + consumer, Config::kConsumerThreads);
+    if (leader) {
+        const char* from = shared.base + shared.part_offset(consumer, at.slot);
+        if constexpr (Config::kProduct == Product::kWeight) {
+            store_tile(&p.out, from, column, row, tile.part, 0);
+        } else {
+            store_tile(&p.out, from, column, row);
+        }
+        commit_stores();
+    }
+    if constexpr (Config::kProduct == Product::kForward && kInWord + 1 == Config::kPartsOfWord) {
+        uint32_t* to = mask.template word<kPart>();
+        if (to) *to = word;
+    }
+
+    // a later part of c, where the output before this one was
+    if constexpr (Config::kHasC) {
+        if (leader) {
+            wait_stores_read<1>();
+            constexpr int kComing = kPart + Config::kAhead;
+            int slot = (at.slot + Config::kAhead) % Config::kBuffers;
+            if constexpr (kComing < Config::kParts) {
+                load_part(p, shared, consumer, tile, kComing, slot);
+            } else {
+                Schedule next = schedule.next_but_one(p);
+                if (!next.done(p)) {
+                    load_part(p, shared, consumer, next.tile(p), kComing - Config::kParts, slot);
+                }
+            }
+        }
+    }
+    at.template advance<Config::kBuffers>();
+    if constexpr (kPart + 1 < Config::kParts) {
+        finish_tile<Config, kPart + 1>(p, shared, consumer, schedule, tile, at, sums, word);
+    }
+}
+
+}  // namespace crate_kernels

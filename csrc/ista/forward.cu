@@ -1,0 +1,32 @@
+// y = relu(x + xc G - threshold) and the bits of y > 0.
+#include "launch.cuh"
+#include "launchers.h"
+
+namespace crate_kernels {
+
+int64_t ista_mask_bytes(int64_t rows, int d) {
+    return ceil_div(rows, kBlockM) * ceil_div(d, kBlockK) * kMaskWords * sizeof(uint32_t);
+}
+
+void ista_forward(const IstaForward& args, cudaStream_t stream) {
+    check_ista("ista_forward", args.rows, args.d, args.dtype, args.x_dtype);
+    ista_forward(args, choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors()), stream);
+}
+
+void ista_forward(const IstaForward& args, const GemmPlan& plan, cudaStream_t stream) {
+    GemmOperands operands{.a = args.xc,
+                          .b = args.gram,
+                          .c = args.x,
+                          .out = args.y,
+                          .g = nullptr,
+                          .mask = static_cast<uint32_t*>(args.mask),
+                          .m = args.rows,
+                          .n = args.d,
+                          .k = args.d,
+                          .dtype = args.dtype,
+                          .out_dtype = args.x_dtype,
+                          .threshold = args.threshold};
+    launch_gemm<Product::kForward>(operands, plan, stream);
+}
+
+}  // namespace crate_kernels

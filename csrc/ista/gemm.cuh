@@ -1,0 +1,311 @@
+// The GEMM of ISTA, in three uses (docs/ista.md):
+//
+//     forward   y  = relu(c + a b - t),  a = x, b = G        and the bits of y > 0
+//     backward  dx = c + g b,            b = G^T, c = g      g = dy where the bits say so
+//     weight    M  = sum of a^T b,       a = x, b = g        one sum for each part of the tokens
+//
+// Blocks are persistent and come in clusters of two, which may share their rows of A or columns of
+// B. One warp loads [128, 64] of A and [64, kBlockN] of B per stage; two warpgroups take tiles of
+// the output in turn, so that one's epilogue hides behind the other's products. In the backward
+// pass they mask dy on its way to the products, in registers, and again in the epilogue, which
+// writes g.
+#pragma once
+
+#include "epilogue.cuh"
+
+namespace crate_kernels {
+
+// ---- producer: one thread
+
+template <typename Config>
+__device__ __forceinline__ void load_a(const GemmParams& p, char* to, Barrier* barrier,
+                                       const Tile& tile, int k, int rank) {
+    int row = tile.m_block * kBlockM, column = k * kBlockK;
+    int half = rank * 64;
+    if (p.n_per_cluster == 2) {
+        to += rank * Config::kChunkBytes;
+        if constexpr (Config::kTransposedA) {
+            load_tile_for_both(to, &p.a, barrier, row + half, column);
+        } else {
+            load_tile_for_both(to, &p.a, barrier, column, row + half);
+        }
+    } else if constexpr (Config::kTransposedA) {
+        load_tile(to, &p.a, barrier, row, column);
+        load_tile(to + Config::kChunkBytes, &p.a, barrier, row + 64, column);
+    } else {
+        load_tile(to, &p.a, barrier, column, row);
+    }
+}
+
+template <typename Config>
+__device__ __forceinline__ void load_b(const GemmParams& p, char* to, Barrier* barrier,
+                                       const Tile& tile, int k, int rank) {
+    int row = k * kBlockK, column = tile.n_block * Config::kBlockN;
+    bool shared = p.m_per_cluster == 2;
+    if constexpr (Config::kTransposedB) {
+#pragma unroll
+        for (int chunk = 0; chunk < Config::kBlockN / 64; ++chunk) {
+            char* start = to + chunk * Config::kChunkBytes;
+            if (shared) {
+                load_tile_for_both(start + rank * Config::kChunkBytes / 2, &p.b, barrier,
+                                   column + 64 * chunk, row + rank * kBlockK / 2);
+            } else {
+                load_tile(start, &p.b, barrier, column + 64 * chunk, row);
+            }
+        }
+    } else if (shared) {
+        load_tile_for_both(to + rank * Config::kBytesB / 2, &p.b, barrier, row,
+                           column + rank * Config::kBlockN / 2);
+    } else {
+        load_tile(to, &p.b, barrier, row, column);
+    }
+}
+
+template <typename Config>
+__device__ __forceinline__ void produce(const GemmParams& p, GemmShared<Config> shared) {
+    RingPosition at;
+    for (Schedule schedule(p); !schedule.done(p); schedule.advance(p)) {
+        Tile tile = schedule.tile(p);
+#pragma unroll 1  // in few registers
+        for (int k = tile.k_begin; k < tile.k_end; ++k) {
+            Barrier* loaded = shared.loaded(at.slot);
+            barrier_wait(shared.free(at.slot), at.parity ^ 1);
+            barrier_expect(loaded, Config::kStageBytes);
+            load_a<Config>(p, shared.a(at.slot), loaded, tile, k, schedule.rank);
+            load_b<Config>(p, shared.b(at.slot), loaded, tile, k, schedule.rank);
+            at.advance<Config::kStages>();
+        }
+    }
+}
+
+// ---- consumers: products
+
+template <typename Config>
+__device__ __forceinline__ void multiply_stage(float (&sums)[2][Config::kSums], const char* a,
+                                               const char* b, bool add) {
+    uint64_t rows =
+        Config::kTransposedA ? descriptor_transposed(a, Config::kChunkBytes) : descriptor(a);
+    uint64_t columns =
+        Config::kTransposedB ? descriptor_transposed(b, Config::kChunkBytes) : descriptor(b);
+    constexpr int kStepA = Config::kTransposedA ? 128 : 2, kStepB = Config::kTransposedB ? 128 : 2;
+#pragma unroll
+    for (int step = 0; step < kBlockK / 16; ++step) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            wgmma<Config::kBlockN, typename Config::T>::template from_shared<Config::kTransposedA,
+                                                                             Config::kTransposedB>(
+                sums[half], rows + half * (Config::kChunkBytes >> 4) + step * kStepA,
+                columns + step * kStepB, add || step > 0);
+        }
+    }
+}
+
+// What a consumer tells the producers of its cluster, a lane for each block.
+struct StageRelease {
+    uint32_t first_free;
+    bool arrives;
+
+    template <typename Config>
+    __device__ StageRelease(const GemmParams& p, GemmShared<Config> shared, int rank) {
+        bool shares = p.m_per_cluster * p.n_per_cluster == 2;
+        int lane = threadIdx.x % 32;
+        first_free = address_in_block(shared.free(0), shares ? lane & 1 : rank);
+        arrives = lane < (shares ? 2 : 1);
+    }
+    __device__ __forceinline__ void operator()(int stage) const {
+        if (arrives) barrier_arrive_at(first_free + stage * sizeof(Barrier));
+    }
+};
+
+// The consumers' products go in turn. A barrier's parity tells only two phases apart, so a tile has
+// to wait until the last stage of the one before is there; that one's products may still run.
+struct Turn {
+    bool first, last;  // of the block's tiles
+    int consumer;
+
+    __device__ __forceinline__ void await() const {
+        if (!first) sync_threads_of(3 + consumer, 2 * 128);
+    }
+    __device__ __forceinline__ void pass() const {
+        if (!last) arrive_among(3 + (consumer ^ 1), 2 * 128);
+    }
+};
+
+// A tile's products, A from shared memory.
+template <typename Config>
+__device__ __forceinline__ void multiply(const GemmParams& p, GemmShared<Config> shared,
+                                         const Tile& tile, RingPosition& at, StageRelease release,
+                                         Turn turn, float (&sums)[2][Config::kSums]) {
+    turn.await();
+    int previous = 0;
+    for (int k = tile.k_begin; k < tile.k_end; ++k) {
+        barrier_wait(shared.loaded(at.slot), at.parity);
+        if (k + 1 == tile.k_end) turn.pass();
+        wgmma_fence();
+        multiply_stage<Config>(sums, shared.a(at.slot), shared.b(at.slot), k > tile.k_begin);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (k > tile.k_begin) release(previous);
+        previous = at.slot;
+        at.advance<Config::kStages>();
+    }
+    wgmma_wait<0>();
+    release(previous);
+}
+
+// Where the mask has ones, of fragment `step` of a row of A.
+__device__ __forceinline__ void mask_fragment(uint32_t (&a)[4], uint32_t word, int step) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        uint32_t bits = word << 2 * step + j;
+        a[2 * j] &= mask_from_low_bytes(bits);
+        a[2 * j + 1] &= mask_from_high_bytes(bits);
+    }
+}
+
+// The same with dy for A, masked in registers. A stage is eight products of [64, 16] of A: while
+// one or two run, the next one's A is masked and that of the one kAhead later is loaded.
+template <typename Config>
+__device__ __forceinline__ void multiply_masked(const GemmParams& p, GemmShared<Config> shared,
+                                                const Tile& tile, RingPosition& at,
+                                                StageRelease release, Turn turn,
+                                                float (&sums)[2][Config::kSums]) {
+    constexpr int kProducts = 2 * kBlockK / 16, kAhead = 3;
+    int m_block = min(tile.m_block, p.m_blocks - 1);  // a pair may be half a pair
+    // Of the upper and the lower 64 rows: for this stage, and for the next.
+    const uint32_t* mask = p.mask + int64_t(m_block) * p.k_blocks * kMaskWords;
+    auto word = [&](int k, int half) {
+        return load_word_now(mask + (min(k, p.k_blocks - 1) * kMaskWords + half * 128) +
+                             threadIdx.x % 128);
+    };
+    uint32_t words[2] = {word(0, 0), word(0, 1)}, coming[2] = {word(1, 0), word(1, 1)};
+    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    uint32_t position = shared_address(shared.a(0)) + row * 128 + (lane / 16 ^ row % 8) * 16;
+    uint32_t a[kProducts][4] = {};
+    auto load = [&](int product, int stage) {
+        load_matrices(a[product], (position + stage * Config::kBytesA ^ product / 2 << 5) +
+                                      product % 2 * Config::kChunkBytes);
+    };
+
+    turn.await();
+    barrier_wait(shared.loaded(at.slot), at.parity);
+    for (int i = 0; i < kAhead; ++i) load(i, at.slot);
+    mask_fragment(a[0], words[0], 0);
+    int stage;
+    for (int k = 0; k < p.k_blocks; ++k) {
+        bool more = k + 1 < p.k_blocks;
+        if (!more) turn.pass();
+        stage = at.slot;
+        at.advance<Config::kStages>();
+        uint32_t after[2] = {word(k + 2, 0), word(k + 2, 1)};
+        uint64_t columns = descriptor(shared.b(stage));
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+            auto& now = a[i];
+            wgmma_fence();
+            wgmma<Config::kBlockN, typename Config::T>::template from_registers<kNo>(
+                sums[i % 2], now[0], now[1], now[2], now[3], columns + i / 2 * 2, k > 0 || i > 1);
+            wgmma_commit();
+            wgmma_wait<2>();  // product i - 2 is done
+            pin_registers(a[(i + kAhead) % kProducts]);
+            if (i == 1 && k > 0) release(stage == 0 ? Config::kStages - 1 : stage - 1);
+            if (i + kAhead < kProducts) {
+                load(i + kAhead, stage);
+            } else {
+                if (more && i + kAhead == kProducts) {
+                    barrier_wait(shared.loaded(at.slot), at.parity);
+                }
+                load(i + kAhead - kProducts, more ? at.slot : stage);
+            }
+            if (i + 1 < kProducts) {
+                mask_fragment(a[i + 1], words[(i + 1) % 2], (i + 1) / 2);
+            } else {
+                words[0] = coming[0];
+                words[1] = coming[1];
+                mask_fragment(a[0], words[0], 0);
+            }
+        }
+        coming[0] = after[0];
+        coming[1] = after[1];
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (auto& fragment : a) pin_registers(fragment);
+    release(stage);
+}
+
+template <typename Config>
+__device__ __forceinline__ void consume(const GemmParams& p, GemmShared<Config> shared,
+                                        int consumer) {
+    Schedule schedule(p);
+    RingPosition at, part_at;
+    auto pass_over_tile = [&] {  // the other warpgroup's
+        if (schedule.done(p)) return;
+        Tile tile = schedule.tile(p);
+        skip<Config::kStages>(at, tile.k_end - tile.k_begin);
+        schedule.advance(p);
+    };
+    if (consumer == 1) pass_over_tile();
+    if (Config::kHasC && threadIdx.x % Config::kConsumerThreads == 0 && !schedule.done(p)) {
+        for (int part = 0; part < Config::kAhead; ++part) {
+            load_part(p, shared, consumer, schedule.tile(p), part, part);
+        }
+    }
+    StageRelease release(p, shared, schedule.rank);
+    float sums[2][Config::kSums];
+    while (!schedule.done(p)) {
+        Tile tile = schedule.tile(p);
+        Turn turn{schedule.first(p), schedule.last(p), consumer};
+        if constexpr (Config::kMasksA) {
+            multiply_masked(p, shared, tile, at, release, turn, sums);
+        } else {
+            multiply(p, shared, tile, at, release, turn, sums);
+        }
+        pin_registers(sums[0]);
+        pin_registers(sums[1]);
+        uint32_t word;
+        finish_tile<Config, 0>(p, shared, consumer, schedule, tile, part_at, sums, word);
+        schedule.advance(p);
+        pass_over_tile();
+    }
+    wait_stores_read<0>();  // before the memory goes
+}
+
+template <typename Config>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
+    gemm_kernel(const __grid_constant__ GemmParams p) {
+    // shared memory
+    extern __shared__ __align__(kSwizzleAtomBytes) char memory[];
+    GemmShared<Config> shared{memory};
+
+    // barriers
+    if (threadIdx.x == 0) {
+        prefetch_map(&p.a);
+        prefetch_map(&p.b);
+        int blocks = p.m_per_cluster * p.n_per_cluster;
+        for (int stage = 0; stage < Config::kStages; ++stage) {
+            barrier_init(shared.loaded(stage), 1);
+            barrier_init(shared.free(stage), 4 * blocks);  // from each warp of the consumer
+        }
+        for (int slot = 0; slot < 2 * Config::kBuffers; ++slot) {
+            barrier_init(shared.part_loaded(0, slot), 1);
+        }
+        barrier_init_done();
+    }
+    sync_cluster();
+    let_next_kernel_start();
+    wait_for_kernel_before();
+
+    int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
+    if (warpgroup == 2) {
+        give_up_registers<24>();
+        if (threadIdx.x == 2 * 128) produce<Config>(p, shared);
+    } else {
+        take_registers<240>();
+        consume<Config>(p, shared, warpgroup);
+    }
+    __syncwarp();
+    sync_cluster();  // a neighbour may still write here
+}
+
+}  // namespace crate_kernels

@@ -1,0 +1,213 @@
+// Tied-attention forward for any n, causal or not.
+//
+// A block is two warpgroups, each with a row tile of one head. Both tiles stay on chip and are the
+// first columns visited; the other row tiles pass through a ring of buffers that the bulk copy
+// engine fills ahead, each loaded once as key and value of both.
+//
+// A second kernel does those row tiles again in which a row's own score was no reference for its
+// softmax (forward_step.cuh); mostly there are none. docs/mssa.md
+#include <algorithm>
+
+#include "forward_step.cuh"
+#include "launchers.h"
+
+namespace crate_kernels {
+namespace {
+
+constexpr int kGroups = 2;
+constexpr int kThreads = kGroups * 128;
+
+template <typename T, int kHeadDim>
+struct LongForward {
+    static constexpr int kTileElements = kChunks<kHeadDim> * kTile * kChunkColumns;
+    static constexpr int kSlots = kHeadDim <= 64 ? 6 : 4;
+    static constexpr int kAhead = kSlots - 2;  // loads issued ahead: no group waits for the other
+    static constexpr int kSharedBytes =
+        (kSlots + 2 * kGroups) * kTileElements * sizeof(T) + kSwizzleAtomBytes;
+};
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
+    attention_forward_long(const __grid_constant__ CUtensorMap w_map,
+                           const __grid_constant__ CUtensorMap o_map, float* lse, int n, int heads,
+                           float scale, bool causal) {
+    using Config = LongForward<T, kHeadDim>;
+    constexpr int kSlots = Config::kSlots;
+
+    // shared memory: the block's own tiles, the ring, staging
+    extern __shared__ char shared[];
+    __shared__ Barrier own_loaded, loaded[kSlots], released[kSlots];
+    T* own = reinterpret_cast<T*>(swizzle_aligned(shared));
+    T* ring = own + kGroups * Config::kTileElements;
+    int group = threadIdx.x / 128;
+    T* w_j = own + group * Config::kTileElements;
+    T* staging = ring + (kSlots + group) * Config::kTileElements;
+
+    int tiles = cdiv(n, kTile), blocks = cdiv(tiles, kGroups);
+    int block = blockIdx.x % blocks;
+    if (causal) block = blocks - 1 - block;  // the longest first
+    int head = blockIdx.x / blocks % heads, batch = blockIdx.x / blocks / heads;
+    lse += (int64_t)(blockIdx.x / blocks) * n;
+    int first_tile = block * kGroups, tile_j = first_tile + group;
+    int groups = min(kGroups, tiles - first_tile);  // with rows
+    int streamed = causal ? first_tile : tiles - groups;
+
+    if (threadIdx.x == 0) {
+        barrier_init(&own_loaded, 1);
+        for (int slot = 0; slot < kSlots; ++slot) {
+            barrier_init(&loaded[slot], 1);
+            barrier_init(&released[slot], groups * 4);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (group >= groups) return;
+
+    // The t-th streamed tile: those before the own, then those after.
+    auto stream = [&](int t) { return t < first_tile ? t : t + groups; };
+    auto load = [&](int t) {
+        int slot = t % kSlots;
+        if (t >= kSlots) barrier_wait(&released[slot], (t / kSlots - 1) % 2);
+        barrier_expect(&loaded[slot], Config::kTileElements * sizeof(T));
+        load_rows<kHeadDim>(ring + slot * Config::kTileElements, kTile, &w_map, &loaded[slot], head,
+                            stream(t) * kTile, batch);
+    };
+    if (threadIdx.x == 0) {
+        barrier_expect(&own_loaded, groups * Config::kTileElements * sizeof(T));
+        for (int g = 0; g < groups; ++g) {
+            load_rows<kHeadDim>(own + g * Config::kTileElements, kTile, &w_map, &own_loaded, head,
+                                (first_tile + g) * kTile, batch);
+        }
+        for (int t = 0; t < min(Config::kAhead, streamed); ++t) load(t);
+    }
+    barrier_wait(&own_loaded, 0);
+
+    ForwardTile<T, kHeadDim> tile(w_j, kTile, scale);
+    tile.template visit<true>(w_j, kTile, tile_j * kTile, n, causal, false, true);
+    for (int g = 0; g < groups; ++g) {
+        int i = first_tile + g;
+        if (i == tile_j || (causal && i > tile_j)) continue;
+        tile.template visit<false>(own + g * Config::kTileElements, kTile, i * kTile, n, false,
+                                   false, true);
+    }
+    for (int t = 0; t < streamed; ++t) {
+        int slot = t % kSlots;
+        if (threadIdx.x == 0 && t + Config::kAhead < streamed) load(t + Config::kAhead);
+        barrier_wait(&loaded[slot], t / kSlots % 2);
+        tile.template visit<false>(ring + slot * Config::kTileElements, kTile, stream(t) * kTile, n,
+                                   false, false, true);
+        if (threadIdx.x % 32 == 0) barrier_arrive(&released[slot]);
+    }
+    let_next_kernel_start();
+    // Where the own scores would not do, attention_forward_again finds a NaN.
+    if (!tile.complete()) tile.sum_0 = tile.sum_1 = kNaN;
+    tile.store(staging, &o_map, lse, head, batch, tile_j * kTile, n);
+    if (threadIdx.x % 32 == 0) wait_stores_read<0>();
+}
+
+// Blocks share out the heads, and look for NaN in their lse.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(128)
+    attention_forward_again(const __grid_constant__ CUtensorMap w_map,
+                            const __grid_constant__ CUtensorMap o_map, float* lse_of_heads,
+                            int all_heads, int n, int heads, float scale, bool causal) {
+    using Config = LongForward<T, kHeadDim>;
+    extern __shared__ char shared[];
+    __shared__ Barrier own_loaded, loaded;
+    __shared__ float exchange[128];
+    T* w_j = reinterpret_cast<T*>(swizzle_aligned(shared));
+    T* w_i = w_j + Config::kTileElements;
+    T* staging = w_i + Config::kTileElements;
+
+    if (threadIdx.x == 0) {
+        barrier_init(&own_loaded, 1);
+        barrier_init(&loaded, 1);
+        barrier_init_done();
+    }
+    __syncthreads();
+
+    // The block's share of the heads, whose lse lie together.
+    int share = cdiv(all_heads, gridDim.x), tiles = cdiv(n, kTile);
+    int begin = blockIdx.x * share, end = min(begin + share, all_heads);
+    bool any = false;
+    wait_for_kernel_before();
+#pragma unroll 8
+    for (int64_t row = (int64_t)begin * n + threadIdx.x; row < (int64_t)end * n; row += 128) {
+        any |= isnan(lse_of_heads[row]);
+    }
+    if (!__syncthreads_or(any)) return;
+
+    uint32_t own_parity = 0, parity = 0;
+    for (int index = begin * tiles; index < end * tiles; ++index) {
+        int tile_j = index % tiles, head = index / tiles % heads, batch = index / tiles / heads;
+        float* lse = lse_of_heads + (int64_t)(index / tiles) * n;
+        int row = tile_j * kTile + threadIdx.x % kTile;
+        if (!__syncthreads_or(row < n && isnan(lse[row]))) continue;
+
+        auto load = [&](T* to, int tile, Barrier* barrier) {
+            if (threadIdx.x > 0) return;
+            barrier_expect(barrier, Config::kTileElements * sizeof(T));
+            load_rows<kHeadDim>(to, kTile, &w_map, barrier, head, tile * kTile, batch);
+        };
+        auto load_other = [&](int tile) {
+            __syncthreads();  // nobody reads the tile before
+            load(w_i, tile, &loaded);
+            barrier_wait(&loaded, parity);
+            parity ^= 1;
+        };
+        load(w_j, tile_j, &own_loaded);
+        barrier_wait(&own_loaded, own_parity);
+        own_parity ^= 1;
+
+        int last = causal ? tile_j + 1 : tiles;
+        float largest =
+            largest_score<T, kHeadDim>(w_j, w_j, kTile, min(kTile, n - tile_j * kTile), causal);
+        for (int i = 0; i < last; ++i) {
+            if (i == tile_j) continue;
+            load_other(i);
+            int columns = min(kTile, n - i * kTile);
+            largest = fmaxf(largest, largest_score<T, kHeadDim>(w_j, w_i, kTile, columns, false));
+        }
+        ForwardTile<T, kHeadDim> tile(w_j, kTile, scale);
+        tile.take_largest(largest, exchange, 0);
+        tile.template visit<true>(w_j, kTile, tile_j * kTile, n, causal, true, true);
+        for (int i = 0; i < last; ++i) {
+            if (i == tile_j) continue;
+            load_other(i);
+            tile.template visit<false>(w_i, kTile, i * kTile, n, false, true, true);
+        }
+        tile.complete();
+        tile.store(staging, &o_map, lse, head, batch, tile_j * kTile, n);
+        __syncthreads();
+    }
+    if (threadIdx.x % 32 == 0) wait_stores_read<0>();
+}
+
+}  // namespace
+
+void attention_forward_long(const AttentionForward& args, cudaStream_t stream) {
+    dispatch(args.dtype, args.head_dim, [&](auto type, auto head_dim) {
+        using T = decltype(type);
+        constexpr int kHeadDim = decltype(head_dim)::value;
+        using Config = LongForward<T, kHeadDim>;
+        int64_t width = (int64_t)args.heads * args.head_dim;
+        CUtensorMap w = head_map(args.w, args.dtype, args.batch, args.n, args.heads, args.head_dim,
+                                 args.w_stride_batch, args.w_stride_row, kTile);
+        CUtensorMap o = head_map(args.o, args.dtype, args.batch, args.n, args.heads, args.head_dim,
+                                 args.n * width, width, 16);
+        int tiles = cdiv(args.n, kTile), heads = args.batch * args.heads;
+        auto kernel = attention_forward_long<T, kHeadDim>;
+        allow_shared_memory(kernel, Config::kSharedBytes);
+        kernel<<<cdiv(tiles, kGroups) * heads, kThreads, Config::kSharedBytes, stream>>>(
+            w, o, args.lse, args.n, args.heads, args.scale, args.causal);
+        check(cudaGetLastError(), "attention_forward_long");
+        auto again = attention_forward_again<T, kHeadDim>;
+        int bytes = 3 * Config::kTileElements * sizeof(T) + kSwizzleAtomBytes;
+        allow_shared_memory(again, bytes);
+        launch_early(again, std::min(heads, 2 * multiprocessors()), 128, bytes, stream, w, o,
+                     args.lse, heads, args.n, args.heads, args.scale, args.causal);
+        check(cudaGetLastError(), "attention_forward_again");
+    });
+}
+
+}  // namespace crate_kernels

@@ -1,0 +1,110 @@
+// Tied-attention forward for n <= 256, not causal.
+//
+// A block is one warpgroup and owns one head: w_h [n, head_dim] is loaded once, and is query, key
+// and value of every row tile. docs/mssa.md
+#include "forward_step.cuh"
+#include "launchers.h"
+
+namespace crate_kernels {
+namespace {
+
+constexpr int kThreads = 128;
+
+template <int kHeadDim>
+constexpr int kStagingElements = 4 * kChunks<kHeadDim> * 16 * kChunkColumns;
+
+// kOneTile: n <= 64.
+template <typename T, int kHeadDim, bool kOneTile>
+__global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
+                                            : kHeadDim > 64              ? 3
+                                            : kHeadDim == 64 && kOneTile ? 5
+                                                                         : 4)
+    attention_forward_short(const __grid_constant__ CUtensorMap w_map,
+                            const __grid_constant__ CUtensorMap o_map, float* lse, int n, int rows,
+                            int heads, float scale, int ahead) {
+    // shared memory
+    extern __shared__ char shared[];
+    __shared__ Barrier w_loaded;
+    __shared__ float exchange[kThreads];
+    int whole = rows / kTile * kTile;
+    T* w = reinterpret_cast<T*>(swizzle_aligned(shared));
+    T* staging = w + kChunks<kHeadDim> * rows * kChunkColumns;
+
+    int head = blockIdx.x % heads, batch = blockIdx.x / heads;
+    lse += (int64_t)blockIdx.x * n;
+
+    // load
+    if (threadIdx.x == 0) {
+        barrier_init(&w_loaded, 1);
+        barrier_init_done();
+        barrier_expect(&w_loaded, kChunks<kHeadDim> * rows * kChunkColumns * sizeof(T));
+        load_rows<kHeadDim>(w, rows, &w_map, &w_loaded, head, 0, batch);
+        int next = blockIdx.x + ahead;  // about when this block ends
+        if (next < gridDim.x) prefetch_head<kHeadDim>(&w_map, next, heads);
+    }
+    __syncthreads();
+    barrier_wait(&w_loaded, 0);
+
+    // A second pass only where the first could not do without the largest scores.
+    for (bool searched = false;; searched = true) {
+        bool trusted = true;
+        for (int first = 0; first < n; first += kTile) {
+            const T* w_j = w + first * kChunkColumns;
+            ForwardTile<T, kHeadDim> tile(w_j, rows, scale);
+            bool any_row = first + threadIdx.x / 32 * 16 < n;  // of this warp
+            if (searched) {
+                float largest = -kInfinity;
+                for (int i = 0; i < n; i += kTile) {
+                    tile.search(largest, w_j, w + i * kChunkColumns, rows, i, n, false);
+                }
+                tile.take_largest(largest, exchange, 0);
+            }
+            if (kOneTile || first < whole) {
+                tile.template visit<true>(w_j, rows, first, n, false, searched, any_row);
+            } else {
+                tile.template visit<true, 16>(w_j, rows, first, n, false, searched, any_row);
+            }
+            if (!kOneTile) {
+                for (int i = 0; i < whole; i += kTile) {
+                    if (i == first) continue;
+                    tile.template visit<false>(w + i * kChunkColumns, rows, i, n, false, searched,
+                                               any_row);
+                }
+                if (whole < rows && first < whole) {
+                    tile.template visit<false, 16>(w + whole * kChunkColumns, rows, whole, n, false,
+                                                   searched, any_row);
+                }
+            }
+            trusted &= tile.complete() || !any_row;
+            tile.store(staging, &o_map, lse, head, batch, first, n);
+        }
+        if (searched || !__syncthreads_or(!trusted)) break;
+    }
+    if (threadIdx.x % 32 == 0) wait_stores_read<0>();
+}
+
+}  // namespace
+
+void attention_forward_short(const AttentionForward& args, cudaStream_t stream) {
+    dispatch(args.dtype, args.head_dim, [&](auto type, auto head_dim) {
+        using T = decltype(type);
+        constexpr int kHeadDim = decltype(head_dim)::value;
+        int rows = args.n <= kTile ? kTile : rows_on_chip(args.n);
+        int64_t width = (int64_t)args.heads * args.head_dim;
+        CUtensorMap w = head_map(args.w, args.dtype, args.batch, args.n, args.heads, args.head_dim,
+                                 args.w_stride_batch, args.w_stride_row, rows);
+        CUtensorMap o = head_map(args.o, args.dtype, args.batch, args.n, args.heads, args.head_dim,
+                                 args.n * width, width, 16);
+        int bytes =
+            (kChunks<kHeadDim> * rows * kChunkColumns + kStagingElements<kHeadDim>)*sizeof(T) +
+            kSwizzleAtomBytes;
+        auto kernel = args.n <= kTile ? attention_forward_short<T, kHeadDim, true>
+                                      : attention_forward_short<T, kHeadDim, false>;
+        allow_shared_memory(kernel, bytes);
+        kernel<<<args.batch * args.heads, kThreads, bytes, stream>>>(
+            w, o, args.lse, args.n, rows, args.heads, args.scale, 4 * multiprocessors());
+        check(cudaGetLastError(), "attention_forward_short");
+    });
+}
+
+}  // namespace crate_kernels

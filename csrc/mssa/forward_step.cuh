@@ -1,0 +1,179 @@
+// What the two forward kernels share: one row tile j of o, and what a tile i adds to it.
+//
+// Softmax needs no running maximum here. With one tensor as query and key a token's own score
+// s_jj = |w_j|^2 is on the diagonal, p_ji = exp(scale (s_ji - s_jj)), and p_jj = 1 keeps the sum
+// off zero. Scores beyond the own one make p grow, in the worst case beyond its dtype: the sum
+// shows it, and the tile is done again with the row's largest score in place of the own.
+// docs/mssa.md
+#pragma once
+
+#include "heads.cuh"
+
+namespace crate_kernels {
+
+// The largest score, unscaled, of row thread % 64 of tile j with half of the `columns` rows of tile
+// i (the other half is thread + 64's). Not for speed: `search` is for inputs that are hardly met.
+template <typename T, int kHeadDim>
+__device__ __noinline__ float largest_score(const T* w_j, const T* w_i, int rows_of_chunk,
+                                            int columns, bool causal) {
+    int row = threadIdx.x % 64;
+    float largest = -kInfinity;
+    for (int i = threadIdx.x / 64 % 2; i < columns && !(causal && i > row); i += 2) {
+        float sum = 0;
+        for (int c = 0; c < kHeadDim / 8;
+             ++c) {  // of 8 columns: 16 bytes, where the swizzle has them
+            int chunk = c / 8 * rows_of_chunk * kChunkColumns;
+            const T* a = w_j + chunk + row * kChunkColumns + (c % 8 ^ row % 8) * 8;
+            const T* b = w_i + chunk + i * kChunkColumns + (c % 8 ^ i % 8) * 8;
+            for (int e = 0; e < 8; ++e) sum += float(a[e]) * float(b[e]);
+        }
+        largest = fmaxf(largest, sum);
+    }
+    return largest;
+}
+
+template <typename T, int kHeadDim>
+struct ForwardTile {
+    // A p that T cannot hold makes a sum beyond this.
+    static constexpr float kLargestSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p100f;
+
+    float o[kHeadDim / 2];
+    float reference_0, reference_1;  // the row's own score, or maximum, times scale log2(e)
+    float sum_0, sum_1;
+    RowsOperand queries;
+    Lane lane;
+    float scale_log2;
+
+    __device__ __forceinline__ ForwardTile(const T* w_j, int rows_of_chunk, float scale)
+        : queries(w_j, rows_of_chunk), scale_log2(scale * kLog2E) {}
+
+    // Scores of the tile's rows with 64 rows from first_i on; -inf where there are none, or, where
+    // `causal` (tile i is tile j), where they come later.
+    template <int kColumns>
+    __device__ __forceinline__ void score(float (&s)[kColumns / 2], const T* w_i,
+                                          int rows_of_chunk) {
+        wgmma_fence();
+        multiply_rows<T, kHeadDim, kColumns>(s, queries, RowsOperand(w_i, rows_of_chunk));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin_registers(s);
+    }
+    template <int kColumns>
+    __device__ __forceinline__ void mask(float (&s)[kColumns / 2], int first_i, int n,
+                                         bool causal) {
+        if (first_i + kColumns > n || causal) {
+#pragma unroll
+            for (int r = 0; r < kColumns / 2; ++r) {
+                int column = r / 4 * 8 + lane.pair * 2 + r % 2;
+                int row = lane.row + r / 2 % 2 * 8;
+                if (first_i + column >= n || (causal && column > row)) s[r] = -kInfinity;
+            }
+        }
+    }
+
+    // kColumns rows from first_i on. The first tile to visit is the tile itself.
+    template <bool kFirst, int kColumns = kTile>
+    __device__ __forceinline__ void visit(const T* w_i, int rows_of_chunk, int first_i, int n,
+                                          bool causal, bool searched, bool any_row) {
+        float s[kColumns / 2];
+        uint32_t p[kColumns / 4];
+        score<kColumns>(s, w_i, rows_of_chunk);
+        if (kFirst && !searched) take_own_scores(s);
+        mask<kColumns>(s, first_i, n, kFirst && causal);
+        if (kFirst) {
+            sum_0 = sum_1 = 0;
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
+        }
+        float more_0 = 0, more_1 = 0;  // shorter chains of additions
+        if (any_row) {
+#pragma unroll
+            for (int j = 0; j < kColumns / 8; ++j) {
+                float p0 = exp2_approx(s[4 * j] * scale_log2 - reference_0);
+                float p1 = exp2_approx(s[4 * j + 1] * scale_log2 - reference_0);
+                float p2 = exp2_approx(s[4 * j + 2] * scale_log2 - reference_1);
+                float p3 = exp2_approx(s[4 * j + 3] * scale_log2 - reference_1);
+                sum_0 += p0;
+                more_0 += p1;
+                sum_1 += p2;
+                more_1 += p3;
+                p[2 * j] = pack<T>(p0, p1);
+                p[2 * j + 1] = pack<T>(p2, p3);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < kColumns / 4; ++j) p[j] = 0;
+        }
+        sum_0 += more_0;
+        sum_1 += more_1;
+        uint32_t values = low_word_transposed(w_i, rows_of_chunk * kChunkColumns * sizeof(T));
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kColumns / 16; ++k) {
+            wgmma<kHeadDim, T>::template from_registers<kYes>(
+                o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3],
+                descriptor_of(values + 128 * k), true);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin_registers(o);
+        pin_registers(p);  // not to be written while the product reads them
+    }
+
+    // After the last visit. Whether the sums of this thread's rows can be trusted.
+    __device__ __forceinline__ bool complete() {
+        sum_0 = row_sum(sum_0);
+        sum_1 = row_sum(sum_1);
+        return sum_0 <= kLargestSum && sum_1 <= kLargestSum;  // NaN cannot
+    }
+
+    // In place of visits: `largest` becomes the largest score that this thread has seen so far.
+    __device__ __forceinline__ void search(float& largest, const T* w_j, const T* w_i,
+                                           int rows_of_chunk, int first_i, int n, bool causal) {
+        largest = fmaxf(largest, largest_score<T, kHeadDim>(w_j, w_i, rows_of_chunk,
+                                                            min(kTile, n - first_i), causal));
+    }
+    // `exchange` is 128 floats of the warpgroup's, and `id` its barrier.
+    __device__ __forceinline__ void take_largest(float largest, float* exchange, int id) {
+        exchange[threadIdx.x % 128] = largest * scale_log2;
+        sync_threads_of(id, 128);
+        reference_0 = fmaxf(exchange[lane.row], exchange[lane.row + 64]);
+        reference_1 = fmaxf(exchange[lane.row + 8], exchange[lane.row + 72]);
+        sync_threads_of(id, 128);
+    }
+
+    template <int kRegisters>
+    __device__ __forceinline__ void take_own_scores(const float (&s)[kRegisters]) {
+        // Row and column are the same in register 8 warp (rows 0 to 7 of the warp's 16) or
+        // 8 warp + 6 (rows 8 to 15), plus row % 2, of the lane with pair row % 8 / 2.
+        float own_0 = 0, own_1 = 0;
+        bool odd = lane.row % 2;
+#pragma unroll
+        for (int warp = 0; warp < kRegisters / 8; ++warp) {
+            if (threadIdx.x / 32 % 4 == warp) {
+                own_0 = odd ? s[8 * warp + 1] : s[8 * warp];
+                own_1 = odd ? s[8 * warp + 7] : s[8 * warp + 6];
+            }
+        }
+        int owner = threadIdx.x % 32 / 4 * 4 + lane.row % 8 / 2;
+        reference_0 = __shfl_sync(0xFFFFFFFF, own_0, owner) * scale_log2;
+        reference_1 = __shfl_sync(0xFFFFFFFF, own_1, owner) * scale_log2;
+    }
+
+    // Rows `first` .. of o and lse to global memory; `staging` is the warpgroup's.
+    __device__ __forceinline__ void store(T* staging, const CUtensorMap* o_map, float* lse,
+                                          int head, int batch, int first, int n) {
+        int warp = threadIdx.x / 32 % 4;
+        if (first + warp * 16 >= n) return;
+        store_rows<kHeadDim>(o, 1 / sum_0, 1 / sum_1,
+                             staging + warp * (kChunks<kHeadDim> * 16 * kChunkColumns), o_map, head,
+                             first + warp * 16, batch);
+        if (lane.pair == 0) {
+            int row = first + lane.row;
+            if (row < n) lse[row] = (reference_0 + __log2f(sum_0)) / kLog2E;
+            if (row + 8 < n) lse[row + 8] = (reference_1 + __log2f(sum_1)) / kLog2E;
+        }
+    }
+};
+
+}  // namespace crate_kernels

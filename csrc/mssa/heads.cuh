@@ -1,0 +1,152 @@
+// One head of a (batch, n, heads * head_dim) tensor: how the attention kernels load and store it.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../common/bulk_copy.cuh"
+#include "../common/math.cuh"
+#include "../common/tensor_map.h"
+#include "../common/wgmma.cuh"
+
+namespace crate_kernels {
+
+inline constexpr int kTile = 64;  // rows of a wgmma
+
+template <int kHeadDim>
+inline constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
+
+// ---- host
+
+// Tiles of `rows` rows and 64 columns of a head; columns past head_dim and rows past n are zero.
+inline CUtensorMap head_map(const void* data, Dtype dtype, int batch, int n, int heads,
+                            int head_dim, int64_t stride_batch, int64_t stride_row, int rows) {
+    if (batch == 1) stride_batch = n * stride_row;  // never used, but checked
+    return make_tensor_map<4>(data, dtype, {head_dim, heads, n, batch},
+                              {head_dim, stride_row, stride_batch}, {kChunkColumns, 1, rows, 1});
+}
+
+__host__ __device__ inline int cdiv(int a, int b) { return (a + b - 1) / b; }
+
+// Rows of a head of n <= 256 kept on chip: whole tiles, but for a last one of at most 16 rows. The
+// last row tile as A of a product may reach past them: rows of no account.
+inline int rows_on_chip(int n) {
+    int whole = n / kTile * kTile, rest = n - whole;
+    return rest == 0 ? whole : rest <= 16 ? whole + 16 : whole + kTile;
+}
+
+// Calls run(T(), std::integral_constant<int, head_dim>()).
+template <typename Run>
+void dispatch(Dtype dtype, int head_dim, Run&& run) {
+    auto with_dtype = [&](auto head_dim_constant) {
+        if (dtype == Dtype::kBFloat16) {
+            run(__nv_bfloat16(), head_dim_constant);
+        } else if (dtype == Dtype::kFloat16) {
+            run(__half(), head_dim_constant);
+        } else {
+            throw std::invalid_argument("attention: expected dtype float16 or bfloat16");
+        }
+    };
+    switch (head_dim) {
+        case 48:
+            return with_dtype(std::integral_constant<int, 48>());
+        case 64:
+            return with_dtype(std::integral_constant<int, 64>());
+        case 80:
+            return with_dtype(std::integral_constant<int, 80>());
+        case 128:
+            return with_dtype(std::integral_constant<int, 128>());
+    }
+    throw std::invalid_argument("attention: expected head_dim 48, 64, 80 or 128, got " +
+                                std::to_string(head_dim));
+}
+
+// ---- device
+
+// Dynamic shared memory from its first multiple of 1024 bytes on.
+__device__ __forceinline__ char* swizzle_aligned(char* shared) {
+    return shared + (-shared_address(shared) & (kSwizzleAtomBytes - 1));
+}
+
+// A thread's place in its warpgroup's accumulators (wgmma.cuh).
+struct Lane {
+    int row;   // of 64, and row + 8
+    int pair;  // columns 8 j + 2 pair, and the next
+    __device__ __forceinline__ Lane()
+        : row(threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4), pair(threadIdx.x % 4) {}
+};
+
+// [kChunks][rows][64] from `row` on, `rows` as the map has it; one thread calls it.
+template <int kHeadDim, typename T>
+__device__ __forceinline__ void load_rows(T* to, int rows, const CUtensorMap* map, Barrier* barrier,
+                                          int head, int row, int batch) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks<kHeadDim>; ++chunk) {
+        load_tile(to + chunk * rows * kChunkColumns, map, barrier, chunk * kChunkColumns, head, row,
+                  batch);
+    }
+}
+
+// A whole head into the L2 cache, for the block that will own it; one thread calls it.
+template <int kHeadDim>
+__device__ __forceinline__ void prefetch_head(const CUtensorMap* map, int index, int heads) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks<kHeadDim>; ++chunk) {
+        prefetch_tile(map, chunk * kChunkColumns, index % heads, 0, index / heads);
+    }
+}
+
+// Rows of a tile in shared memory as an operand whose sum runs along head_dim.
+struct RowsOperand {
+    uint32_t base;
+    int chunk_step;  // between chunks, in units of the descriptor
+
+    __device__ __forceinline__ RowsOperand(const void* tile, int rows_of_chunk)
+        : base(low_word(tile)), chunk_step(rows_of_chunk * (kChunkColumns * 2 / 16)) {}
+    __device__ __forceinline__ uint64_t step(int k) const {
+        return descriptor_of(base + (k / 4) * chunk_step + (k % 4) * 2);
+    }
+};
+
+// D[64, N] = A B^T, for A of 64 rows and B of N, both head_dim wide.
+template <typename T, int kHeadDim, int N>
+__device__ __forceinline__ void multiply_rows(float (&d)[N / 2], const RowsOperand& a,
+                                              const RowsOperand& b) {
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+        wgmma<N, T>::from_shared(d, a.step(k), b.step(k), k > 0);
+    }
+}
+
+// One warp's 16 rows of an accumulator, the first 8 times `scale_0`, the rest times `scale_1`, to
+// global memory from `row` on. `staging` is the warp's own, [kChunks][16][64].
+template <int kHeadDim, typename T>
+__device__ __forceinline__ void store_rows(const float (&d)[kHeadDim / 2], float scale_0,
+                                           float scale_1, T* staging, const CUtensorMap* map,
+                                           int head, int row, int batch) {
+    int lane = threadIdx.x % 32;
+    if (lane == 0) wait_stores_read<0>();  // of the tile before
+    __syncwarp();
+    int r = lane / 4;  // r + 8 has the same swizzle
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+        T* at = staging + j / 8 * (16 * kChunkColumns) + r * kChunkColumns + ((j % 8) ^ r) * 8 +
+                lane % 4 * 2;
+        *reinterpret_cast<uint32_t*>(at) = pack<T>(d[4 * j] * scale_0, d[4 * j + 1] * scale_0);
+        *reinterpret_cast<uint32_t*>(at + 8 * kChunkColumns) =
+            pack<T>(d[4 * j + 2] * scale_1, d[4 * j + 3] * scale_1);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks<kHeadDim>; ++chunk) {
+            store_tile(map, staging + chunk * 16 * kChunkColumns, chunk * kChunkColumns, head, row,
+                       batch);
+        }
+        commit_stores();
+    }
+}
+
+}  // namespace crate_kernels

@@ -1,0 +1,319 @@
+// Every kernel against host loops in double precision, without torch or Python:
+//   ctest --test-dir build/cpython-312, or under compute-sanitizer (make gpu-sanitize).
+//
+// The criterion is that of the Python tests: the host also computes with every tensor rounded as
+// plain PyTorch rounds it, and our largest error may be at most twice that one's (gradients: three
+// times), or one unit in the last place. Each launch runs twice and has to repeat every bit; fresh
+// memory is NaN.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "crate_kernels.h"
+
+using namespace crate_kernels;
+
+namespace {
+
+constexpr int kNoDevice = 77;  // what ctest takes for "skipped", see CMakeLists.txt
+
+using Values = std::vector<double>;
+using Round = std::function<double(double)>;
+
+void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+// ---- dtypes
+
+uint16_t bits_of(double value, Dtype dtype) {
+    float narrow = static_cast<float>(value);
+    return dtype == Dtype::kFloat16 ? __half_as_ushort(__float2half_rn(narrow))
+                                    : __bfloat16_as_ushort(__float2bfloat16_rn(narrow));
+}
+
+double value_of(uint16_t bits, Dtype dtype) {
+    return dtype == Dtype::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                    : __bfloat162float(__ushort_as_bfloat16(bits));
+}
+
+Round rounding_to(Dtype dtype) {
+    return [dtype](double value) { return value_of(bits_of(value, dtype), dtype); };
+}
+
+double exact(double value) { return value; }
+
+double unit_of(Dtype dtype) { return dtype == Dtype::kFloat16 ? 0x1p-10 : 0x1p-7; }
+
+const char* name_of(Dtype dtype) { return dtype == Dtype::kFloat16 ? "float16" : "bfloat16"; }
+
+// ---- device memory, NaN until it is written
+
+template <typename T>
+class DeviceArray {
+  public:
+    explicit DeviceArray(size_t size) : size_(size) {
+        void* memory = nullptr;
+        check(cudaMalloc(&memory, size * sizeof(T)));
+        data_ = static_cast<T*>(memory);
+        poison();
+    }
+    explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
+        check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+    }
+    ~DeviceArray() { cudaFree(data_); }
+    DeviceArray(const DeviceArray&) = delete;
+    DeviceArray& operator=(const DeviceArray&) = delete;
+
+    void poison() { check(cudaMemset(data_, 0xff, size_ * sizeof(T))); }
+    T* data() const { return data_; }
+    std::vector<T> on_host() const {
+        std::vector<T> values(size_);
+        check(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
+        return values;
+    }
+
+  private:
+    T* data_ = nullptr;
+    size_t size_;
+};
+
+// ---- values on the host
+
+Values random_values(size_t size, Dtype dtype, std::mt19937& generator) {
+    std::normal_distribution<double> normal(0.0, 0.6);
+    Round round = rounding_to(dtype);
+    Values values(size);
+    for (double& value : values) value = round(normal(generator));
+    return values;
+}
+
+// Rows of `width` values, `stride` apart; what lies between them is NaN.
+std::vector<uint16_t> in_rows(const Values& values, int width, int stride, Dtype dtype) {
+    size_t rows = values.size() / width;
+    std::vector<uint16_t> spread(rows * stride, 0xffff);
+    for (size_t i = 0; i < values.size(); ++i) {
+        spread[i / width * stride + i % width] = bits_of(values[i], dtype);
+    }
+    return spread;
+}
+
+Values from_bits(const std::vector<uint16_t>& bits, Dtype dtype) {
+    Values values(bits.size());
+    std::transform(bits.begin(), bits.end(), values.begin(),
+                   [dtype](uint16_t b) { return value_of(b, dtype); });
+    return values;
+}
+
+double largest_error(const Values& got, const Values& want) {
+    double largest = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        double error = std::abs(got[i] - want[i]);
+        if (!(error <= largest)) largest = error;  // NaN stays
+        if (std::isnan(error)) return error;
+    }
+    return largest;
+}
+
+// Prints and returns whether `got` is as close to `want` as `factor` times plain's error allows.
+bool close_enough(const std::string& what, const Values& got, const Values& plain,
+                  const Values& want, double factor, double unit) {
+    double magnitude = largest_error(want, Values(want.size()));
+    double error = largest_error(got, want), of_plain = largest_error(plain, want);
+    bool passed = error <= factor * std::max(of_plain, unit * magnitude);
+    std::printf("%s %s: error %.3g, plain %.3g\n", passed ? "ok    " : "FAILED", what.c_str(),
+                error, of_plain);
+    return passed;
+}
+
+// ---- MSSA
+
+struct AttentionCase {
+    Dtype dtype;
+    int head_dim, n;
+    bool causal;
+    int batch = 2, heads = 2;
+
+    int width() const { return heads * head_dim; }
+    double scale() const { return 1 / std::sqrt(head_dim); }
+    size_t elements() const { return size_t(batch) * n * width(); }
+    std::string name() const {
+        return std::string("attention ") + name_of(dtype) + " head_dim " +
+               std::to_string(head_dim) + " n " + std::to_string(n) + (causal ? " causal" : "");
+    }
+};
+
+struct AttentionResults {
+    Values o, lse, grad_w;
+};
+
+double dot(const double* a, const double* b, int size) {
+    double sum = 0;
+    for (int i = 0; i < size; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+// The formulas of crate_kernels.h, head by head; `round` is applied to every tensor.
+AttentionResults attention_on_host(const AttentionCase& c, const Values& w, const Values& grad_o,
+                                   const Round& round) {
+    const int n = c.n, d = c.head_dim, width = c.width();
+    AttentionResults r{Values(c.elements()), Values(size_t(c.batch) * c.heads * n),
+                       Values(c.elements())};
+    Values p(size_t(n) * n), ds(size_t(n) * n);
+    for (int head = 0; head < c.batch * c.heads; ++head) {
+        size_t base = size_t(head / c.heads) * n * width + head % c.heads * d;
+        auto row = [&](const Values& t, int i) { return t.data() + base + size_t(i) * width; };
+        auto seen = [&](int i) { return c.causal ? i + 1 : n; };
+        for (int i = 0; i < n; ++i) {
+            double* p_i = p.data() + size_t(i) * n;
+            double* ds_i = ds.data() + size_t(i) * n;
+            std::fill_n(p_i, n, 0.0);
+            std::fill_n(ds_i, n, 0.0);
+            double top = -std::numeric_limits<double>::infinity(), total = 0;
+            for (int j = 0; j < seen(i); ++j) {
+                p_i[j] = round(round(dot(row(w, i), row(w, j), d)) * c.scale());
+                top = std::max(top, p_i[j]);
+            }
+            for (int j = 0; j < seen(i); ++j) total += std::exp(p_i[j] - top);
+            r.lse[size_t(head) * n + i] = top + std::log(total);
+            double delta = 0;
+            for (int j = 0; j < seen(i); ++j) {
+                p_i[j] = round(std::exp(p_i[j] - top) / total);
+                ds_i[j] = round(dot(row(grad_o, i), row(w, j), d));  // dP
+                delta += p_i[j] * ds_i[j];
+            }
+            for (int j = 0; j < seen(i); ++j) {
+                ds_i[j] = round(round(p_i[j] * (ds_i[j] - delta)) * c.scale());
+            }
+        }
+        for (int j = 0; j < n; ++j) {
+            Values o(d), as_value(d), as_key(d), as_query(d);
+            for (int i = 0; i < n; ++i) {
+                double p_ij = p[size_t(i) * n + j], ds_ij = ds[size_t(i) * n + j];
+                double p_ji = p[size_t(j) * n + i], ds_ji = ds[size_t(j) * n + i];
+                for (int k = 0; k < d; ++k) {
+                    o[k] += p_ji * row(w, i)[k];
+                    as_value[k] += p_ij * row(grad_o, i)[k];
+                    as_key[k] += ds_ij * row(w, i)[k];
+                    as_query[k] += ds_ji * row(w, i)[k];
+                }
+            }
+            for (int k = 0; k < d; ++k) {
+                size_t at = base + size_t(j) * width + k;
+                r.o[at] = round(o[k]);
+                r.grad_w[at] =
+                    round(round(round(as_value[k]) + round(as_key[k])) + round(as_query[k]));
+            }
+        }
+    }
+    return r;
+}
+
+bool test_attention(const AttentionCase& c) {
+    std::mt19937 generator(c.n);
+    Values w = random_values(c.elements(), c.dtype, generator);
+    Values grad_o = random_values(c.elements(), c.dtype, generator);
+    int w_stride = c.width() + 8, grad_o_stride = c.width() + 16;  // rows apart
+    DeviceArray w_rows(in_rows(w, c.width(), w_stride, c.dtype));
+    DeviceArray grad_o_rows(in_rows(grad_o, c.width(), grad_o_stride, c.dtype));
+    DeviceArray<uint16_t> o(c.elements()), grad_w(c.elements());
+    DeviceArray<float> lse(size_t(c.batch) * c.heads * c.n);
+    DeviceArray<char> scratch(attention_backward_scratch(c.batch, c.n, c.heads));
+
+    std::vector<uint16_t> first_o, first_grad_w;
+    bool repeatable = true;
+    for (int run = 0; run < 2; ++run) {
+        o.poison(), lse.poison(), scratch.poison(), grad_w.poison();
+        attention_forward({.w = w_rows.data(),
+                           .w_stride_batch = int64_t(c.n) * w_stride,
+                           .w_stride_row = w_stride,
+                           .o = o.data(),
+                           .lse = lse.data(),
+                           .batch = c.batch,
+                           .n = c.n,
+                           .heads = c.heads,
+                           .head_dim = c.head_dim,
+                           .scale = float(c.scale()),
+                           .causal = c.causal,
+                           .dtype = c.dtype},
+                          nullptr);
+        attention_backward({.grad_o = grad_o_rows.data(),
+                            .grad_o_stride_batch = int64_t(c.n) * grad_o_stride,
+                            .grad_o_stride_row = grad_o_stride,
+                            .w = w_rows.data(),
+                            .w_stride_batch = int64_t(c.n) * w_stride,
+                            .w_stride_row = w_stride,
+                            .o = o.data(),
+                            .lse = lse.data(),
+                            .scratch = scratch.data(),
+                            .grad_w = grad_w.data(),
+                            .batch = c.batch,
+                            .n = c.n,
+                            .heads = c.heads,
+                            .head_dim = c.head_dim,
+                            .scale = float(c.scale()),
+                            .causal = c.causal,
+                            .dtype = c.dtype},
+                           nullptr);
+        check(cudaDeviceSynchronize());
+        if (run == 0) {
+            first_o = o.on_host(), first_grad_w = grad_w.on_host();
+        } else {
+            repeatable = first_o == o.on_host() && first_grad_w == grad_w.on_host();
+        }
+    }
+    if (!repeatable) std::printf("FAILED %s: two runs differ\n", c.name().c_str());
+
+    AttentionResults want = attention_on_host(c, w, grad_o, exact);
+    AttentionResults plain = attention_on_host(c, w, grad_o, rounding_to(c.dtype));
+    std::vector<float> got_lse = lse.on_host();
+    Values lse_values(got_lse.begin(), got_lse.end());
+    double unit = unit_of(c.dtype);
+    bool passed = repeatable;
+    passed &= close_enough(c.name() + ", o", from_bits(first_o, c.dtype), plain.o, want.o, 2, unit);
+    passed &= close_enough(c.name() + ", lse", lse_values, plain.lse, want.lse, 2, 0x1p-21);
+    passed &= close_enough(c.name() + ", dw", from_bits(first_grad_w, c.dtype), plain.grad_w,
+                           want.grad_w, 3, unit);
+    return passed;
+}
+
+bool test_attention_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (int head_dim : kHeadDims) {
+            for (int n : {1, 17, 65, 197, 300}) {
+                for (bool causal : {false, true}) {
+                    passed &= test_attention({dtype, head_dim, n, causal});
+                }
+            }
+        }
+    }
+    return passed;
+}
+
+}  // namespace
+
+int main() {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+        std::puts("skipped: no CUDA device");
+        return kNoDevice;
+    }
+    try {
+        // One test per op.
+        return test_attention_everywhere() ? 0 : 1;
+    } catch (const std::exception& error) {
+        std::printf("FAILED: %s\n", error.what());
+        return 1;
+    }
+}
