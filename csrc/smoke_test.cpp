@@ -10,8 +10,10 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <random>
@@ -77,6 +79,7 @@ class DeviceArray {
 
     void poison() { check(cudaMemset(data_, 0xff, size_ * sizeof(T))); }
     T* data() const { return data_; }
+    size_t size() const { return size_; }
     std::vector<T> on_host() const {
         std::vector<T> values(size_);
         check(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
@@ -301,6 +304,184 @@ bool test_attention_everywhere() {
     return passed;
 }
 
+// ---- ISTA
+
+struct IstaCase {
+    Dtype dtype, x_dtype;
+    int rows, d;
+    double threshold = 0.3;
+
+    size_t elements() const { return size_t(rows) * d; }
+    std::string name() const {
+        return std::string("ista ") + name_of(dtype) +
+               (x_dtype == Dtype::kFloat32 ? " of float32 " : " ") + std::to_string(rows) + " x " +
+               std::to_string(d);
+    }
+};
+
+using Bytes = std::vector<unsigned char>;
+
+Bytes to_bytes(const Values& values, Dtype dtype) {
+    size_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+    Bytes bytes(values.size() * size);
+    for (size_t i = 0; i < values.size(); ++i) {
+        float wide = static_cast<float>(values[i]);
+        uint16_t narrow = dtype == Dtype::kFloat32 ? 0 : bits_of(values[i], dtype);
+        std::memcpy(&bytes[i * size], size == 4 ? (void*)&wide : (void*)&narrow, size);
+    }
+    return bytes;
+}
+
+Values from_bytes(const Bytes& bytes, Dtype dtype) {
+    size_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+    Values values(bytes.size() / size);
+    for (size_t i = 0; i < values.size(); ++i) {
+        float wide;
+        uint16_t narrow;
+        std::memcpy(size == 4 ? (void*)&wide : (void*)&narrow, &bytes[i * size], size);
+        values[i] = size == 4 ? wide : value_of(narrow, dtype);
+    }
+    return values;
+}
+
+// (m, n) = c + round(a b), a (m, k) and b (k, n) read by those functions of row and column.
+template <typename A, typename B>
+Values add_product(Values c, int m, int n, int k, const A& a, const B& b, const Round& round) {
+    for (int i = 0; i < m; ++i) {
+        Values sum(n);
+        for (int j = 0; j < k; ++j) {
+            double left = a(i, j);
+            for (int l = 0; l < n; ++l) sum[l] += left * b(j, l);
+        }
+        for (int l = 0; l < n; ++l) c[size_t(i) * n + l] += round(sum[l]);
+    }
+    return c;
+}
+
+bool test_ista(const IstaCase& c) {
+    std::mt19937 generator(c.rows);
+    const int rows = c.rows, d = c.d;
+    Round to_dtype = rounding_to(c.dtype);
+    Round to_x =
+        c.x_dtype == Dtype::kFloat32 ? [](double v) { return double(float(v)); } : to_dtype;
+    Values x = random_values(c.elements(), c.dtype, generator);
+    Values gram = random_values(size_t(d) * d, c.dtype, generator);
+    Values dy = random_values(c.elements(), c.dtype, generator);
+    for (double& value : gram) value = to_dtype(value * 0.1);
+    DeviceArray x_in(to_bytes(x, c.x_dtype)), dy_in(to_bytes(dy, c.x_dtype));
+    DeviceArray xc_in(to_bytes(x, c.dtype)), gram_in(to_bytes(gram, c.dtype));
+    const void* x_data = c.x_dtype == c.dtype ? xc_in.data() : x_in.data();
+    DeviceArray<unsigned char> y(x_in.size()), dx(x_in.size()), g(xc_in.size()),
+        g_alone(xc_in.size());
+    DeviceArray<unsigned char> mask(ista_mask_bytes(rows, d));
+    DeviceArray<float> partials(size_t(ista_weight_parts(rows, d)) * d * d), m(size_t(d) * d);
+    Dtype both_dtype = c.dtype == Dtype::kFloat16 ? Dtype::kFloat32 : c.dtype;
+    DeviceArray<unsigned char> both(size_t(d) * d * (both_dtype == Dtype::kFloat32 ? 4 : 2));
+
+    std::array<Bytes, 5> results[2];
+    for (auto& result : results) {
+        y.poison(), dx.poison(), g.poison(), g_alone.poison(), mask.poison();
+        partials.poison(), m.poison(), both.poison();
+        ista_forward({.x = x_data,
+                      .xc = xc_in.data(),
+                      .gram = gram_in.data(),
+                      .y = y.data(),
+                      .mask = mask.data(),
+                      .rows = rows,
+                      .d = d,
+                      .threshold = float(c.threshold),
+                      .dtype = c.dtype,
+                      .x_dtype = c.x_dtype},
+                     nullptr);
+        IstaBackward backward{.dy = dy_in.data(),
+                              .mask = mask.data(),
+                              .gram = gram_in.data(),
+                              .g = g.data(),
+                              .dx = dx.data(),
+                              .rows = rows,
+                              .d = d,
+                              .dtype = c.dtype,
+                              .x_dtype = c.x_dtype};
+        ista_backward(backward, nullptr);
+        backward.g = g_alone.data(), backward.dx = nullptr;
+        ista_backward(backward, nullptr);
+        ista_weight({.x = xc_in.data(),
+                     .g = g.data(),
+                     .partials = partials.data(),
+                     .m = m.data(),
+                     .both = both.data(),
+                     .rows = rows,
+                     .d = d,
+                     .dtype = c.dtype},
+                    nullptr);
+        check(cudaDeviceSynchronize());
+        std::vector<float> sums = m.on_host();
+        result = {y.on_host(), dx.on_host(), g.on_host(),
+                  to_bytes(Values(sums.begin(), sums.end()), Dtype::kFloat32), both.on_host()};
+    }
+    const auto& [y_out, dx_out, g_out, m_bytes, both_out] = results[0];
+    bool passed = results[0] == results[1];
+    if (!passed) std::printf("FAILED %s: two runs differ\n", c.name().c_str());
+
+    auto at = [d](const Values& t) {
+        return [&t, d](int i, int j) { return t[size_t(i) * d + j]; };
+    };
+    auto across = [d](const Values& t) {
+        return [&t, d](int i, int j) { return t[size_t(j) * d + i]; };
+    };
+    auto forward = [&](const Round& product, const Round& result) {
+        Values sum = add_product(x, rows, d, d, at(x), at(gram), product);
+        for (double& value : sum) value = std::max(result(value - c.threshold), 0.0);
+        return sum;
+    };
+    // The rest starts from the y that was computed, whose zeros are within rounding.
+    Values y_values = from_bytes(y_out, c.x_dtype), masked = dy;
+    for (size_t i = 0; i < masked.size(); ++i) masked[i] = y_values[i] == 0 ? 0 : dy[i];
+    auto backward = [&](const Round& product, const Round& result) {
+        Values sum = add_product(masked, rows, d, d, at(masked), across(gram), product);
+        for (double& value : sum) value = result(value);
+        return sum;
+    };
+    Round to_float = [](double v) { return double(float(v)); };
+    Values want_m = add_product(Values(size_t(d) * d), d, d, rows, across(x), at(masked), exact);
+    Values want_both = want_m;
+    for (int i = 0; i < d; ++i) {
+        for (int j = 0; j < d; ++j) want_both[size_t(i) * d + j] += want_m[size_t(j) * d + i];
+    }
+    auto rounded = [](Values values, const Round& round) {
+        for (double& value : values) value = round(value);
+        return values;
+    };
+    double unit = c.x_dtype == Dtype::kFloat32 ? 0x1p-21 : unit_of(c.dtype);
+    Round round_both = both_dtype == Dtype::kFloat32 ? to_float : to_dtype;
+    passed &= close_enough(c.name() + ", y", y_values, forward(to_dtype, to_x),
+                           forward(exact, exact), 2, unit);
+    passed &= close_enough(c.name() + ", dx", from_bytes(dx_out, c.x_dtype),
+                           backward(to_dtype, to_x), backward(exact, exact), 3, unit);
+    passed &= close_enough(c.name() + ", m", from_bytes(m_bytes, Dtype::kFloat32),
+                           rounded(want_m, to_float), want_m, 3, 0x1p-19);
+    passed &= close_enough(c.name() + ", m + m^T", from_bytes(both_out, both_dtype),
+                           rounded(want_both, round_both), want_both, 3, 0x1p-19);
+    bool same_g = from_bytes(g_out, c.dtype) == masked && g_alone.on_host() == g_out;
+    if (!same_g) std::printf("FAILED %s: g\n", c.name().c_str());
+    return passed && same_g;
+}
+
+bool test_ista_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (Dtype x_dtype : {dtype, Dtype::kFloat32}) {
+            // Several tiles for each block; less than a tile, less than a chunk; both widths of
+            // tile.
+            for (auto [rows, d] :
+                 {std::pair{40000, 64}, {333, 104}, {129, 200}, {1, 8}, {700, 384}}) {
+                passed &= test_ista({dtype, x_dtype, rows, d});
+            }
+        }
+    }
+    return passed;
+}
+
 }  // namespace
 
 int main() {
@@ -311,7 +492,9 @@ int main() {
     }
     try {
         // One test per op.
-        return test_attention_everywhere() ? 0 : 1;
+        bool passed = test_attention_everywhere();
+        passed &= test_ista_everywhere();
+        return passed ? 0 : 1;
     } catch (const std::exception& error) {
         std::printf("FAILED: %s\n", error.what());
         return 1;

@@ -17,6 +17,9 @@ from crate_kernels.triton_common import dot_precision
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="Triton fits the CPU there")
 
 
+MANY = 40_000  # tokens enough for the CUDA kernel of ista at any width here
+
+
 def calls(dtype=torch.float32):
     """Every op with arguments that work, without a backend."""
     m = {k: t.to(dtype) for k, t in mssa_inputs(2, 5, 2, 4).items()}
@@ -115,18 +118,29 @@ def test_attention_that_the_cuda_kernels_take(dtype, head_dim, against, on_hoppe
     ],
 )
 def test_ista_that_the_cuda_kernels_take(dtype, d, against, on_hopper, fresh):
-    x, weight = torch.zeros(3, d, dtype=dtype), torch.zeros(d, d, dtype=dtype)
+    x, weight = torch.empty(MANY, d, dtype=dtype), torch.zeros(d, d, dtype=dtype)
     found = crate_kernels.explain("ista", x, weight)
     assert found.chosen == ("triton" if against else "cuda")
     for reason, start in zip(found.reasons["cuda"], against, strict=True):
         assert reason.startswith(start)
 
 
+def test_ista_of_few_tokens_stays_with_triton(on_hopper, fresh, monkeypatch):
+    x, weight = torch.empty(1576, 768).bfloat16(), torch.empty(768, 768).bfloat16()
+    found = crate_kernels.explain("ista", x, weight)
+    assert found.chosen == "triton" and not found.reasons["cuda"]
+    assert (
+        crate_kernels.explain("ista", torch.empty(25216, 768).bfloat16(), weight).chosen == "cuda"
+    )
+    monkeypatch.setattr(backends, "_against_triton_on", lambda *device: ("not installed",))
+    assert crate_kernels.explain("ista", x, weight).chosen == "cuda"
+
+
 def test_autocast_decides_what_the_cuda_kernels_compute_in(on_hopper, fresh):
-    x, weight = torch.zeros(3, 64), torch.zeros(64, 64)
+    x, weight = torch.empty(MANY, 64), torch.zeros(64, 64)
     with torch.autocast("cpu", torch.bfloat16):
         assert crate_kernels.explain("ista", x, weight).chosen == "cuda"
-        assert crate_kernels.explain("mssa", x[None], weight, heads=1).chosen == "cuda"
+        assert crate_kernels.explain("mssa", x[None, :3], weight, heads=1).chosen == "cuda"
 
 
 @pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])

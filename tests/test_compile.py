@@ -53,7 +53,7 @@ def test_opcheck_ista(x_dtype, c_dtype, form):
         leaf, w = x.clone().requires_grad_(x_grad), weight.clone().requires_grad_(w_grad)
         xc = leaf.detach().to(c_dtype)
         torch.library.opcheck(OPS.ista, (leaf, xc, w, 0.1, 0.2, "reference"))
-    y, gram = OPS.ista(x, xc, weight, 0.1, 0.2, "reference")
+    y, gram, _ = OPS.ista(x, xc, weight, 0.1, 0.2, "reference")
     for wants_x, wants_weight in [(False, False), (True, False), (False, True), (True, True)]:
         saved = (torch.randn_like(y), y, xc, weight, gram)
         torch.library.opcheck(

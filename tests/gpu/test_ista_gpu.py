@@ -253,14 +253,17 @@ def test_streams_have_a_gram_each():
     assert all(torch.equal(y, want) for y in found)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_opcheck(backend):
+    skip_unfit(backend)
     op = torch.ops.crate_kernels
     for rows in (40, 3):
         x, weight = (t.float().cuda() for t in ista_inputs(rows, 16).values())
         xc = x.bfloat16()
-        y, gram = op.ista(x, xc, weight, 0.1, 0.2, "triton")
+        y, gram, mask = op.ista(x, xc, weight, 0.1, 0.2, backend)
         leaves = (x.clone().requires_grad_(), xc, weight.clone().requires_grad_())
-        torch.library.opcheck(op.ista, (*leaves, 0.1, 0.2, "triton"))
-        saved = (torch.randn_like(y), y, xc, weight, gram, 0.1, torch.float32, True, True)
-        torch.library.opcheck(op.ista_backward, (*saved, "triton"))
-        torch.library.opcheck(op.ista_apply, (x, xc, weight.bfloat16(), 0.1, "triton"))
+        torch.library.opcheck(op.ista, (*leaves, 0.1, 0.2, backend))
+        kept = mask if mask.numel() > 0 else y
+        saved = (torch.randn_like(y), kept, xc, weight, gram, 0.1, torch.float32, True, True)
+        torch.library.opcheck(op.ista_backward, (*saved, backend))
+        torch.library.opcheck(op.ista_apply, (x, xc, weight.bfloat16(), 0.1, backend))
