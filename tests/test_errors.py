@@ -52,6 +52,8 @@ MSSA = {
     "negative scale": ({"scale": -0.5}, ValueError, "scale to be finite and > 0", "-0.5"),
     "scale nan": ({"scale": NAN}, ValueError, "scale to be finite", "nan"),
     "scale inf": ({"scale": INF}, ValueError, "scale to be finite", "inf"),
+    "scale below float32": ({"scale": 1e-50}, ValueError, "scale between 1.175e-38", "1e-50"),
+    "scale above float32": ({"scale": 1e39}, ValueError, "scale between", "1e+39"),
     "scale a str": ({"scale": "1"}, TypeError, "scale to be a float", "str"),
     "scale a bool": ({"scale": True}, TypeError, "scale to be a float", "bool"),
     "scale a tensor": ({"scale": torch.tensor(1.0)}, TypeError, "scale to be a float", "Tensor"),

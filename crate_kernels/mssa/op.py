@@ -19,6 +19,8 @@ from ..checks import check_heads, check_number, check_tensors, refuse
 from ..library import autocast_dtype, define, define_gradient
 from . import torch_kernels
 
+FLOAT32 = torch.finfo(torch.float32)
+
 
 def mssa(
     x: Tensor,
@@ -45,7 +47,7 @@ def mssa(
             (the published Identity case).
         b_out: bias (D,) of the output projection, or None.
         heads: number of heads; must divide ``w_qkv.shape[0]``.
-        scale: factor on the scores, > 0; head_dim**-0.5 by default.
+        scale: factor on the scores, > 0 in float32; head_dim**-0.5 by default.
         causal: let token i see tokens 0..i only.
         backend: "auto", "cuda", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
@@ -141,6 +143,8 @@ def _check_core(w: Tensor, heads: int) -> None:
 def _check_options(op: str, scale: float | None, causal: bool) -> None:
     if scale is not None:
         check_number(op, "scale", scale, above_zero=True)
+        if not FLOAT32.tiny <= scale <= FLOAT32.max:  # what the kernels take it as
+            refuse(op, f"scale between {FLOAT32.tiny:.4g} and {FLOAT32.max:.4g}", scale)
     if not isinstance(causal, bool):
         refuse(op, "causal to be a bool", type(causal).__name__, TypeError)
 

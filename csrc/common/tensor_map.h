@@ -14,6 +14,7 @@ namespace crate_kernels {
 
 inline void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess) {
+        cudaGetLastError();  // said here, not once more by the next launch
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
     }
 }
@@ -64,6 +65,11 @@ CUtensorMap make_tensor_map(const void* data, Dtype dtype, std::array<int64_t, k
         check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                cudaEnableDefault, &found),
               "cuTensorMapEncodeTiled");
+        if (found != cudaDriverEntryPointSuccess) {
+            throw std::runtime_error(
+                "cuTensorMapEncodeTiled: the driver has none; it has to be of "
+                "CUDA 12.0 or newer");
+        }
         return reinterpret_cast<Encode>(function);
     }();
 

@@ -95,13 +95,14 @@ void attention_forward_short(const AttentionForward& args, cudaStream_t stream) 
                                  args.w_stride_batch, args.w_stride_row, rows);
         CUtensorMap o = head_map(args.o, args.dtype, args.batch, args.n, args.heads, args.head_dim,
                                  args.n * width, width, 16);
-        int bytes =
-            (kChunks<kHeadDim> * rows * kChunkColumns + kStagingElements<kHeadDim>)*sizeof(T) +
-            kSwizzleAtomBytes;
+        auto bytes = [&](int rows) {
+            int elements = kChunks<kHeadDim> * rows * kChunkColumns + kStagingElements<kHeadDim>;
+            return int(elements * sizeof(T)) + kSwizzleAtomBytes;
+        };
         auto kernel = args.n <= kTile ? attention_forward_short<T, kHeadDim, true>
                                       : attention_forward_short<T, kHeadDim, false>;
-        allow_shared_memory(kernel, bytes);
-        kernel<<<args.batch * args.heads, kThreads, bytes, stream>>>(
+        allow_shared_memory(kernel, bytes(256));  // the same in every thread of the host
+        kernel<<<args.batch * args.heads, kThreads, bytes(rows), stream>>>(
             w, o, args.lse, args.n, rows, args.heads, args.scale, 4 * multiprocessors());
         check(cudaGetLastError(), "attention_forward_short");
     });

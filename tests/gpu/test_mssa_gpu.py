@@ -130,6 +130,18 @@ def test_scales(backend, scale, causal):
     check(*tokens(2, 150, 3, 48, torch.bfloat16), backend, scale=scale, causal=causal)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("n", [197, 300])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tokens_far_larger_than_the_rest(dtype, n, causal):
+    """A row's own score is then no reference for its softmax: tiles have to be done again."""
+    skip_unfit("cuda")
+    w, do = tokens(2, n, 3, 64, dtype)
+    w[:, ::7] *= 6
+    for scale in (None, 1.0):
+        check(w, do, "cuda", scale=scale, causal=causal)
+
+
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_float32_as_torch_is_told(precision):
     torch.set_float32_matmul_precision(precision)
