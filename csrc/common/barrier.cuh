@@ -57,22 +57,6 @@ __device__ __forceinline__ void arrive_among(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same, and whether `condition` holds for any of them.
-__device__ __forceinline__ bool any_thread_of(int id, int threads, bool condition) {
-    int any;
-    asm volatile(
-        "{\n"
-        ".reg .pred mine, all;\n"
-        "setp.ne.b32 mine, %3, 0;\n"
-        "barrier.red.or.pred all, %1, %2, mine;\n"
-        "selp.b32 %0, 1, 0, all;\n"
-        "}\n"
-        : "=r"(any)
-        : "r"(id), "r"(threads), "r"(int(condition))
-        : "memory");
-    return any;
-}
-
 // Shared memory written by ordinary stores becomes visible to wgmma and the copy engine. Each
 // writing thread calls it, before the barrier that the readers wait at.
 __device__ __forceinline__ void fence_async_proxy() {

@@ -168,13 +168,7 @@ struct BackwardTile {
             wgmma_fence();
             multiply_rows<T, kHeadDim, kColumns>(dp_ij, w_j, grad_o_rows);
             wgmma_commit();
-#pragma unroll
-            for (int k = 0; k < kColumns / 16; ++k) {
-                wgmma<kHeadDim, T>::template from_registers<kYes>(
-                    dw, p_ij[4 * k], p_ij[4 * k + 1], p_ij[4 * k + 2], p_ij[4 * k + 3],
-                    descriptor_of(grad_o_sum + 128 * k), true);
-            }
-            wgmma_commit();
+            add_product<T, kHeadDim, kColumns>(dw, p_ij, grad_o_sum);
             wgmma_wait<1>();
             pin_registers(dp_ij);
         } else {
@@ -209,13 +203,7 @@ struct BackwardTile {
             }
         }
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kColumns / 16; ++k) {
-            wgmma<kHeadDim, T>::template from_registers<kYes>(dw, ds[4 * k], ds[4 * k + 1],
-                                                              ds[4 * k + 2], ds[4 * k + 3],
-                                                              descriptor_of(w_sum + 128 * k), true);
-        }
-        wgmma_commit();
+        add_product<T, kHeadDim, kColumns>(dw, ds, w_sum);
         if constexpr (kSeen) {
             wgmma_wait<1>();
             pin_registers(p_ij);

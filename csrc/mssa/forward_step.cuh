@@ -108,13 +108,7 @@ struct ForwardTile {
         sum_1 += more_1;
         uint32_t values = low_word_transposed(w_i, rows_of_chunk * kChunkColumns * sizeof(T));
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kColumns / 16; ++k) {
-            wgmma<kHeadDim, T>::template from_registers<kYes>(
-                o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3],
-                descriptor_of(values + 128 * k), true);
-        }
-        wgmma_commit();
+        add_product<T, kHeadDim, kColumns>(o, p, values);
         wgmma_wait<0>();
         pin_registers(o);
         pin_registers(p);  // not to be written while the product reads them

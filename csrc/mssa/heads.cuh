@@ -119,6 +119,20 @@ __device__ __forceinline__ void multiply_rows(float (&d)[N / 2], const RowsOpera
     }
 }
 
+// D[64, kHeadDim] += A B, for A [64, kColumns] in registers and B as many rows of a tile, of which
+// `low_word` is that of descriptor_transposed.
+template <typename T, int kHeadDim, int kColumns, int kRegisters>
+__device__ __forceinline__ void add_product(float (&d)[kHeadDim / 2],
+                                            const uint32_t (&a)[kRegisters], uint32_t low_word) {
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k) {
+        wgmma<kHeadDim, T>::template from_registers<kYes>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2],
+                                                          a[4 * k + 3],
+                                                          descriptor_of(low_word + 128 * k), true);
+    }
+    wgmma_commit();
+}
+
 // One warp's 16 rows of an accumulator, the first 8 times `scale_0`, the rest times `scale_1`, to
 // global memory from `row` on. `staging` is the warp's own, [kChunks][16][64].
 template <int kHeadDim, typename T>
