@@ -2,6 +2,12 @@
 
 namespace crate_kernels {
 
+// Of integers, a >= 0 and b > 0.
+template <typename A, typename B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+    return (a + b - 1) / b;
+}
+
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kInfinity = __builtin_huge_valf();
 inline constexpr float kNaN = __builtin_nanf("");

@@ -6,6 +6,8 @@
 #include <limits>
 #include <utility>
 
+#include "../common/math.cuh"
+
 namespace crate_kernels {
 
 struct GemmPlan {
@@ -13,8 +15,6 @@ struct GemmPlan {
     int m_per_cluster, n_per_cluster;  // tiles of a cluster's two blocks: 2, 1 or 1, 2 or 1, 1
     int parts;                         // of the sum over k; none is empty
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The plan for tiles [128, block_n] of an m x n output that takes least time, by what was measured
 // on an H200 (docs/ista.md): a step over 64 of k takes as long as block_n + step_cost columns of

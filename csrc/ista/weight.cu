@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(256)
     sum_partials_kernel(const float* partials, int parts, float* m, Both* both, int d) {
     let_next_kernel_start();
     wait_for_kernel_before();
-    int tiles = (d + kTile - 1) / kTile, tile_i = blockIdx.x / tiles, tile_j = blockIdx.x % tiles;
+    int tiles = ceil_div(d, kTile), tile_i = blockIdx.x / tiles, tile_j = blockIdx.x % tiles;
     if (tile_j < tile_i) return;
     __shared__ float sums[2][kTile][kTile + 1];
     int row = threadIdx.x / 8, column = threadIdx.x % 8 * 4;

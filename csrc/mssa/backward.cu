@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(512)
                              int64_t grad_o_stride_row, const T* o, const float* lse, int n,
                              int heads, float scale) {
     let_next_kernel_start();
-    int tiles = cdiv(n, kTile), tile = blockIdx.x % tiles;
+    int tiles = ceil_div(n, kTile), tile = blockIdx.x % tiles;
     int head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
     int row = tile * kTile + threadIdx.x / 8;
     bool exists = row < n;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
     auto tile_stats =
         reinterpret_cast<RowStatistics*>(tiles_grad_o + (1 + kSlots) * Config::kTileElements);
 
-    int tiles = cdiv(n, kTile), tile_j = blockIdx.x % tiles;
+    int tiles = ceil_div(n, kTile), tile_j = blockIdx.x % tiles;
     int head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
     stats += (int64_t)blockIdx.x / tiles * tiles;
     int warp = threadIdx.x / 32;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
 }  // namespace
 
 int64_t attention_backward_scratch(int batch, int n, int heads) {
-    return int64_t{batch} * heads * cdiv(n, kTile) * sizeof(RowStatistics);
+    return int64_t{batch} * heads * ceil_div(n, kTile) * sizeof(RowStatistics);
 }
 
 void attention_backward(const AttentionBackward& args, cudaStream_t stream) {
@@ -169,7 +169,7 @@ void attention_backward(const AttentionBackward& args, cudaStream_t stream) {
         constexpr int kHeadDim = decltype(head_dim)::value;
         using Config = Backward<T, kHeadDim>;
         int64_t width = (int64_t)args.heads * args.head_dim;
-        int blocks = cdiv(args.n, kTile) * args.batch * args.heads;
+        int blocks = ceil_div(args.n, kTile) * args.batch * args.heads;
         auto stats = reinterpret_cast<RowStatistics*>(args.scratch);
         attention_row_statistics<T, kHeadDim><<<blocks, 512, 0, stream>>>(
             stats, static_cast<const T*>(args.grad_o), args.grad_o_stride_batch,

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
     T* w_j = own + group * Config::kTileElements;
     T* staging = ring + (kSlots + group) * Config::kTileElements;
 
-    int tiles = cdiv(n, kTile), blocks = cdiv(tiles, kGroups);
+    int tiles = ceil_div(n, kTile), blocks = ceil_div(tiles, kGroups);
     int block = blockIdx.x % blocks;
     if (causal) block = blocks - 1 - block;  // the longest first
     int head = blockIdx.x / blocks % heads, batch = blockIdx.x / blocks / heads;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(128)
     __syncthreads();
 
     // The block's share of the heads, whose lse lie together.
-    int share = cdiv(all_heads, gridDim.x), tiles = cdiv(n, kTile);
+    int share = ceil_div(all_heads, int(gridDim.x)), tiles = ceil_div(n, kTile);
     int begin = blockIdx.x * share, end = min(begin + share, all_heads);
     bool any = false;
     wait_for_kernel_before();
@@ -195,10 +195,10 @@ void attention_forward_long(const AttentionForward& args, cudaStream_t stream) {
                                  args.w_stride_batch, args.w_stride_row, kTile);
         CUtensorMap o = head_map(args.o, args.dtype, args.batch, args.n, args.heads, args.head_dim,
                                  args.n * width, width, 16);
-        int tiles = cdiv(args.n, kTile), heads = args.batch * args.heads;
+        int tiles = ceil_div(args.n, kTile), heads = args.batch * args.heads;
         auto kernel = attention_forward_long<T, kHeadDim>;
         allow_shared_memory(kernel, Config::kSharedBytes);
-        kernel<<<cdiv(tiles, kGroups) * heads, kThreads, Config::kSharedBytes, stream>>>(
+        kernel<<<ceil_div(tiles, kGroups) * heads, kThreads, Config::kSharedBytes, stream>>>(
             w, o, args.lse, args.n, args.heads, args.scale, args.causal);
         check(cudaGetLastError(), "attention_forward_long");
         auto again = attention_forward_again<T, kHeadDim>;
@@ -206,7 +206,6 @@ void attention_forward_long(const AttentionForward& args, cudaStream_t stream) {
         allow_shared_memory(again, bytes);
         launch_early(again, std::min(heads, 2 * multiprocessors()), 128, bytes, stream, w, o,
                      args.lse, heads, args.n, args.heads, args.scale, args.causal);
-        check(cudaGetLastError(), "attention_forward_again");
     });
 }
 

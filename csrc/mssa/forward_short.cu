@@ -55,7 +55,9 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
             if (searched) {
                 float largest = -kInfinity;
                 for (int i = 0; i < n; i += kTile) {
-                    tile.search(largest, w_j, w + i * kChunkColumns, rows, i, n, false);
+                    largest =
+                        fmaxf(largest, largest_score<T, kHeadDim>(w_j, w + i * kChunkColumns, rows,
+                                                                  min(kTile, n - i), false));
                 }
                 tile.take_largest(largest, exchange, 0);
             }

@@ -12,7 +12,7 @@
 namespace crate_kernels {
 
 // The largest score, unscaled, of row thread % 64 of tile j with half of the `columns` rows of tile
-// i (the other half is thread + 64's). Not for speed: `search` is for inputs that are hardly met.
+// i (the other half is thread + 64's). Not for speed: it is for inputs that are hardly met.
 template <typename T, int kHeadDim>
 __device__ __noinline__ float largest_score(const T* w_j, const T* w_i, int rows_of_chunk,
                                             int columns, bool causal) {
@@ -20,8 +20,7 @@ __device__ __noinline__ float largest_score(const T* w_j, const T* w_i, int rows
     float largest = -kInfinity;
     for (int i = threadIdx.x / 64 % 2; i < columns && !(causal && i > row); i += 2) {
         float sum = 0;
-        for (int c = 0; c < kHeadDim / 8;
-             ++c) {  // of 8 columns: 16 bytes, where the swizzle has them
+        for (int c = 0; c < kHeadDim / 8; ++c) {  // 16 bytes, where the swizzle has them
             int chunk = c / 8 * rows_of_chunk * kChunkColumns;
             const T* a = w_j + chunk + row * kChunkColumns + (c % 8 ^ row % 8) * 8;
             const T* b = w_i + chunk + i * kChunkColumns + (c % 8 ^ i % 8) * 8;
@@ -47,8 +46,7 @@ struct ForwardTile {
     __device__ __forceinline__ ForwardTile(const T* w_j, int rows_of_chunk, float scale)
         : queries(w_j, rows_of_chunk), scale_log2(scale * kLog2E) {}
 
-    // Scores of the tile's rows with 64 rows from first_i on; -inf where there are none, or, where
-    // `causal` (tile i is tile j), where they come later.
+    // Scores of the tile's rows with the first kColumns rows of tile i.
     template <int kColumns>
     __device__ __forceinline__ void score(float (&s)[kColumns / 2], const T* w_i,
                                           int rows_of_chunk) {
@@ -58,6 +56,8 @@ struct ForwardTile {
         wgmma_wait<0>();
         pin_registers(s);
     }
+    // -inf where there is no row i (tile i begins at first_i), or, `causal` where tile i is tile j,
+    // where it comes later.
     template <int kColumns>
     __device__ __forceinline__ void mask(float (&s)[kColumns / 2], int first_i, int n,
                                          bool causal) {
@@ -121,12 +121,7 @@ struct ForwardTile {
         return sum_0 <= kLargestSum && sum_1 <= kLargestSum;  // NaN cannot
     }
 
-    // In place of visits: `largest` becomes the largest score that this thread has seen so far.
-    __device__ __forceinline__ void search(float& largest, const T* w_j, const T* w_i,
-                                           int rows_of_chunk, int first_i, int n, bool causal) {
-        largest = fmaxf(largest, largest_score<T, kHeadDim>(w_j, w_i, rows_of_chunk,
-                                                            min(kTile, n - first_i), causal));
-    }
+    // Before the first visit: what largest_score found takes the place of the own scores.
     // `exchange` is 128 floats of the warpgroup's, and `id` its barrier.
     __device__ __forceinline__ void take_largest(float largest, float* exchange, int id) {
         exchange[threadIdx.x % 128] = largest * scale_log2;

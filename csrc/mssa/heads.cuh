@@ -27,8 +27,6 @@ inline CUtensorMap head_map(const void* data, Dtype dtype, int batch, int n, int
                               {head_dim, stride_row, stride_batch}, {kChunkColumns, 1, rows, 1});
 }
 
-__host__ __device__ inline int cdiv(int a, int b) { return (a + b - 1) / b; }
-
 // Rows of a head of n <= 256 kept on chip: whole tiles, but for a last one of at most 16 rows. The
 // last row tile as A of a product may reach past them: rows of no account.
 inline int rows_on_chip(int n) {
