@@ -44,4 +44,7 @@ def has_bulk_copy(t: Tensor) -> bool:
 
 
 def multiprocessors(t: Tensor) -> int:
+    """Of the device of ``t``; one for Triton's interpreter on the CPU."""
+    if not t.is_cuda:
+        return 1
     return torch.cuda.get_device_properties(t.device).multi_processor_count

@@ -154,7 +154,7 @@ def test_hooks_on_all_modules_fire(op_calls):
 def test_active_dropout_runs_the_plain_layer(op_calls, caplog):
     plain, fused = mssa_pair(dropout=0.5)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
-    layers._log_once.cache_clear()
+    layers.log_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="crate_kernels"):
         torch.manual_seed(1)
         y = fused(x)

@@ -64,35 +64,23 @@ def _forward(x: Tensor, xc: Tensor, gram: Tensor, threshold: float, mask: Tensor
     return y
 
 
-def backward_gram(
-    dy: Tensor,
-    mask: Tensor,
-    xc: Tensor,
-    weight: Tensor,
-    gram: Tensor,
-    step_size: float,
-    x_dtype: torch.dtype,
-    wants_x: bool,
-    wants_weight: bool,
+def input_gradient(
+    dy: Tensor, mask: Tensor, gram: Tensor, wants_x: bool = True, wants_g: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """g = dy where the mask is set; dx = g + g G^T; dW = eta (M - W (M + M^T)), M = xc^T g."""
-    dx = dw = None
-    dy, xc = _readable(dy), _readable(xc)
-    g = torch.empty_like(xc) if wants_weight or dy.dtype != xc.dtype else None
-    if wants_x:
-        dx = torch.empty_like(dy)
-    if wants_x or wants_weight:
-        _launch(
-            "ista_backward", xc,
-            dy=dy, mask=mask, gram=gram, g=g, dx=dx, dtype=xc.dtype, x_dtype=dy.dtype,
-        )  # fmt: skip
-    if g is not None and wants_weight:
-        dw = _weight_gradient(xc, g, weight, step_size)
-    return (None if dx is None else dx.to(x_dtype)), dw
+    """dx = g + g G^T in the dtype of dy, and g = dy where the mask is set in that of G."""
+    dy = _readable(dy)
+    dx = torch.empty_like(dy) if wants_x else None
+    g = torch.empty_like(dy, dtype=gram.dtype) if wants_g or dy.dtype != gram.dtype else None
+    _launch(
+        "ista_backward", dy,
+        dy=dy, mask=mask, gram=gram, g=g, dx=dx, dtype=gram.dtype, x_dtype=dy.dtype,
+    )  # fmt: skip
+    return dx, g
 
 
-def _weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
-    """eta (M - W (M + M^T)), M = xc^T g summed in parts of the tokens, in float32."""
+def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
+    """dW = eta (M - W (M + M^T)), M = xc^T g summed in parts of the tokens, in float32."""
+    xc = _readable(xc)
     d = xc.shape[-1]
     with on_device_of(xc):
         partials = cuda_extension.load().ista_weight_parts(xc.numel() // d, d)

@@ -151,9 +151,14 @@ def _backward(
     wants_weight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    kernels = _kernels(backend)
-    run = kernels.backward_gram if gram.numel() > 0 else kernels.backward_weight
-    dx, dw = run(dy, kept, xc, weight, gram, step_size, x_dtype, wants_x, wants_weight)
+    kernels, dx, dw = _kernels(backend), None, None
+    if gram.numel() == 0:
+        run = kernels.backward_weight
+        dx, dw = run(dy, kept, xc, weight, step_size, x_dtype, wants_x, wants_weight)
+    elif wants_x or wants_weight:
+        dx, g = kernels.input_gradient(dy, kept, gram, wants_x, wants_weight)
+        dx = dx.to(x_dtype) if wants_x else None
+        dw = kernels.weight_gradient(xc, g, weight, step_size) if wants_weight else None
     empty = xc.new_empty(0)
     return (dx if wants_x else empty), (dw if wants_weight else empty.clone())
 

@@ -35,27 +35,19 @@ def apply_weight(
     return _add_gemm(x, residual, weight, alpha=step_size, minus=threshold).relu_()
 
 
-def backward_gram(
-    dy: Tensor,
-    y: Tensor,
-    xc: Tensor,
-    weight: Tensor,
-    gram: Tensor,
-    step_size: float,
-    x_dtype: torch.dtype,
-    wants_x: bool,
-    wants_weight: bool,
+def input_gradient(
+    dy: Tensor, y: Tensor, gram: Tensor, wants_x: bool = True, wants_g: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """g = dy * 1[y > 0]; dx = g + g G^T; dW = eta (M - W (M + M^T)), M = xc^T g."""
-    dx = dw = None
+    """dx = g + g G^T in the dtype of dy, and g = dy * 1[y > 0] in that of G."""
     g = torch.ops.aten.threshold_backward(dy, y, 0)
-    gc = g.to(xc.dtype)
-    if wants_x:
-        dx = _add_gemm(g, gc, gram.mT).to(x_dtype)
-    if wants_weight:
-        m = (_rows(xc).mT @ _rows(gc)).to(weight.dtype)
-        dw = torch.addmm(m, weight, m + m.mT, beta=step_size, alpha=-step_size)
-    return dx, dw
+    gc = g.to(gram.dtype)
+    return (_add_gemm(g, gc, gram.mT) if wants_x else None), gc
+
+
+def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
+    """dW = eta (M - W (M + M^T)), M = xc^T g over all tokens."""
+    m = (_rows(xc).mT @ _rows(g)).to(weight.dtype)
+    return torch.addmm(m, weight, m + m.mT, beta=step_size, alpha=-step_size)
 
 
 def backward_weight(
@@ -63,7 +55,6 @@ def backward_weight(
     y: Tensor,
     xc: Tensor,
     weight: Tensor,
-    gram: Tensor,
     step_size: float,
     x_dtype: torch.dtype,
     wants_x: bool,

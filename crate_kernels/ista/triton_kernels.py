@@ -210,44 +210,40 @@ def apply_weight(
     return y
 
 
-def backward_gram(
-    dy: Tensor,
-    y: Tensor,
-    xc: Tensor,
-    weight: Tensor,
-    gram: Tensor,
-    step_size: float,
-    x_dtype: torch.dtype,
-    wants_x: bool,
-    wants_weight: bool,
+def input_gradient(
+    dy: Tensor, y: Tensor, gram: Tensor, wants_x: bool = True, wants_g: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """g = dy * 1[y > 0]; dx = g + g G^T; dW = eta (M - W (M + M^T)), M = xc^T g."""
-    dx = dw = None
-    dy, xc = dy.contiguous(), _rows(xc)
-    g = torch.empty_like(xc)
+    """dx = g + g G^T in the dtype of dy, and g = dy * 1[y > 0] in that of G."""
+    dy = dy.contiguous()
+    g = torch.empty(dy.shape, dtype=gram.dtype, device=dy.device)
     block = 4096
     with on_device_of(y):
         mask_kernel[(triton.cdiv(y.numel(), block),)](dy, y, g, y.numel(), BLOCK=block)
-    if wants_x:
-        dx = torch.empty(y.shape, dtype=x_dtype, device=y.device)
-        if dy.dtype == g.dtype:
-            _gemm(g, g, gram.mT, dx)
-        elif g.dtype == torch.bfloat16:
-            # The unrounded gradient passes through the identity, masked by g, which is at hand.
-            _gemm(dy, g, gram.mT, dx, mask="nonzero", y=g)
-        else:  # float16 rounds small gradients to zero
-            _gemm(dy, g, gram.mT, dx, mask="positive", y=y)
-    if wants_weight:
-        m = _sum_over_tokens(xc, g)
-        # float16 cannot hold a scaled M: its product runs in TF32.
-        dtype = torch.float32 if xc.dtype == torch.float16 else xc.dtype
-        both = torch.add(m, m.mT, out=torch.empty_like(m, dtype=dtype))
-        dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        _gemm(
-            m, weight.to(dtype), both, dw,
-            beta=step_size, alpha=-step_size, precision=dot_precision(xc.dtype),
-        )  # fmt: skip
-    return dx, dw
+    if not wants_x:
+        return None, g
+    dx, rows = torch.empty_like(dy), _rows(g)
+    if dy.dtype == g.dtype:
+        _gemm(g, rows, gram.mT, dx)
+    elif g.dtype == torch.bfloat16:
+        # The unrounded gradient passes through the identity, masked by g, which is at hand.
+        _gemm(dy, rows, gram.mT, dx, mask="nonzero", y=g)
+    else:  # float16 rounds small gradients to zero
+        _gemm(dy, rows, gram.mT, dx, mask="positive", y=y)
+    return dx, g
+
+
+def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
+    """dW = eta (M - W (M + M^T)), M = xc^T g over all tokens."""
+    m = _sum_over_tokens(_rows(xc), _rows(g))
+    # float16 cannot hold a scaled M: its product runs in TF32.
+    dtype = torch.float32 if xc.dtype == torch.float16 else xc.dtype
+    both = torch.add(m, m.mT, out=torch.empty_like(m, dtype=dtype))
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    _gemm(
+        m, weight.to(dtype), both, dw,
+        beta=step_size, alpha=-step_size, precision=dot_precision(xc.dtype),
+    )  # fmt: skip
+    return dw
 
 
 # With fewer tokens than columns every product is small: the library's GEMMs serve.

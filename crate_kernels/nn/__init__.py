@@ -1,6 +1,17 @@
-"""Modules: layers.py (plain and on our ops), recognition.py and fusion.py (swap them in)."""
+"""Modules: layers.py and encoder.py; recognition.py and fusion.py swap them in."""
 
+from .encoder import Encoder
 from .fusion import Layer, Report, fuse, unfuse
 from .layers import ISTA, MSSA, Attention, FeedForward
 
-__all__ = ["ISTA", "MSSA", "Attention", "FeedForward", "Layer", "Report", "fuse", "unfuse"]
+__all__ = [
+    "ISTA",
+    "MSSA",
+    "Attention",
+    "Encoder",
+    "FeedForward",
+    "Layer",
+    "Report",
+    "fuse",
+    "unfuse",
+]

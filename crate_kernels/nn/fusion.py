@@ -11,13 +11,18 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..checks import refuse
+from .encoder import Encoder, check_memory, unfused_block_reason
+from .encoder_recognition import looks_like_encoder, reason_against_encoder
 from .layers import ISTA, MSSA, unfused_reason
 from .recognition import Verdicts, looks_like, reason_against
 
 
+KINDS: tuple[type[nn.Module], ...] = (Encoder, MSSA, ISTA)
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a report. ``kind`` is "MSSA" or "ISTA"; ``reason`` says why it was skipped,
+    """One layer of a report. ``kind`` is "MSSA", "ISTA" or "Encoder"; ``reason`` says why it was skipped,
     or what to know about a swapped one ("" if nothing)."""
 
     name: str
@@ -50,8 +55,11 @@ class Report:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module) -> Report:
+def fuse(model: nn.Module, *, memory: str = "default") -> Report:
     """Run the published MSSA and ISTA layers in ``model`` on this library's ops, from now on.
+
+    An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
+    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each.
 
     Layers are found by what they hold and compute, wherever they were defined: the published
     CRATE and the encoder of CRATE-MAE, inside DataParallel and DistributedDataParallel too. What
@@ -62,6 +70,8 @@ def fuse(model: nn.Module) -> Report:
 
     Args:
         model: any module.
+        memory: "default" or "low": what the layers of an encoder keep for the backward pass
+            (:func:`crate_kernels.crate_block`). Sets it for encoders swapped before, too.
 
     Returns:
         A printable report with ``replaced`` and ``skipped`` lists of layers, each with ``name``,
@@ -69,7 +79,9 @@ def fuse(model: nn.Module) -> Report:
 
     Raises:
         TypeError: model is not a torch.nn.Module.
+        ValueError: memory is none of these.
     """
+    check_memory("fuse", memory)
     report = Report()
     seen: Verdicts = {}
     for name, module in _layers("fuse", model):
@@ -84,27 +96,42 @@ def fuse(model: nn.Module) -> Report:
         module._unfused_class = type(module)  # type: ignore[assignment]
         module.__class__ = kind
         report.replaced.append(Layer(name, kind.__name__, _note(module)))
+    for name, module in _layers("fuse", model):
+        if isinstance(module, Encoder):
+            module.memory = memory
+            report.skipped.append(Layer(name, "Encoder", "fused already"))
+        elif looks_like_encoder(module):
+            reason = reason_against_encoder(module, seen)
+            if reason is not None:
+                report.skipped.append(Layer(name, "Encoder", reason))
+                continue
+            module._unfused_class = type(module)  # type: ignore[assignment]
+            module.__class__ = Encoder
+            module.memory = memory
+            report.replaced.append(Layer(name, "Encoder", _encoder_note(module)))
     return report
 
 
 def unfuse(model: nn.Module) -> Report:
     """Give every layer that :func:`fuse` swapped its own class back, in place.
 
-    Layers built as :class:`MSSA` or :class:`ISTA` had no other and are reported as skipped.
+    Those built as :class:`MSSA`, :class:`ISTA` or :class:`Encoder` had no other and are reported as skipped.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
     """
     report = Report(verb="restored")
     for name, module in _layers("unfuse", model):
-        if not isinstance(module, (MSSA, ISTA)):
+        kinds = [kind for kind in KINDS if isinstance(module, kind)]
+        if not kinds:
             continue
-        kind = "MSSA" if isinstance(module, MSSA) else "ISTA"
+        kind = kinds[0].__name__
         if "_unfused_class" not in vars(module):
             reason = f"built as {kind}, not swapped in by fuse"
-        elif type(module) not in (MSSA, ISTA):
+        elif type(module) is not kinds[0]:
             reason = f"its class became {type(module).__name__} after fuse"
         else:
+            vars(module).pop("memory", None)
             module.__class__ = vars(module).pop("_unfused_class")
             report.replaced.append(Layer(name, kind))
             continue
@@ -130,9 +157,19 @@ def _note(module: nn.Module) -> str:
     return "" if reason is None else f"{reason}: runs unfused"
 
 
+def _encoder_note(encoder: Encoder) -> str:
+    """How many of its layers do not run as one op each, and the first one's reason."""
+    reasons = [unfused_block_reason(attn, ff) for attn, ff in encoder.layers]
+    unfused = [reason for reason in reasons if reason is not None]
+    if not unfused:
+        return ""
+    return f"{unfused[0]}: {len(unfused)} of {len(reasons)} layers run MSSA and ISTA apart"
+
+
 def _counts(layers: list[Layer]) -> list[str]:
     kinds = [layer.kind for layer in layers]
-    return [f"{kinds.count(kind)} {kind}" for kind in ("MSSA", "ISTA") if kind in kinds]
+    names = [kind.__name__ for kind in KINDS]
+    return [f"{kinds.count(name)} {name}" for name in names if name in kinds]
 
 
 def _grouped(label: str, layers: list[Layer]) -> list[str]:

@@ -148,7 +148,7 @@ class MSSA(Attention):
         reason = unfused_reason(self)
         if reason is not None:
             if not torch.compiler.is_compiling():
-                _log_once(reason)
+                log_once(f"MSSA runs unfused: {reason}")
             return super().forward(x)
         weight, heads, scale = self.qkv.weight, self.heads, self.scale
         to_out: Any = self.to_out
@@ -202,18 +202,18 @@ def _not_plain(name: str, child: Any, expected: type[nn.Module]) -> str | None:
         return f"{name} is {type(child).__name__}, not a plain nn.{expected.__name__}"
     if "forward" in child.__dict__:
         return f"the forward of {name} was replaced"
-    if (
-        child._forward_hooks
-        or child._forward_pre_hooks
-        or child._backward_hooks
-        or child._backward_pre_hooks
-    ):
+    if has_hooks(child):
         return f"{name} has hooks"
     if isinstance(child, nn.Dropout) and child.training and child.p > 0:
         return f"{name} {child.p:g} is active while training"
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 @functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning("MSSA runs unfused: %s", reason)
+def log_once(message: str) -> None:
+    logger.warning("%s", message)

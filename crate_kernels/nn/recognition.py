@@ -1,8 +1,8 @@
 """Is this module the published MSSA or ISTA layer? Decided by structure and code, not by import.
 
 Three tests, all strict: what the module holds (:func:`_against_attention`,
-:func:`_against_feed_forward`), what its class says (:func:`_against_class`,
-:func:`_against_code`: a short straight forward that stores nothing and branches on nothing but
+:func:`_against_feed_forward`), what its class says (:func:`against_class`,
+:func:`against_code`: a short straight forward that stores nothing and branches on nothing but
 its flags), and what that forward computes (:func:`_against_result`: run in float64 with stand-ins
 for the children, against our own).
 """
@@ -51,6 +51,9 @@ _INSTRUCTIONS |= {
     for kind in ("BINARY", "INPLACE")
     for operator in ("ADD", "SUBTRACT", "MULTIPLY", "TRUE_DIVIDE", "MATRIX_MULTIPLY")
 }
+# What a loop over layers has more of, and a call that hands on keyword arguments.
+LOOP = frozenset({"GET_ITER", "FOR_ITER", "END_FOR", "POP_ITER", "JUMP_BACKWARD", "JUMP_ABSOLUTE"})
+KEYWORDS = frozenset({"BUILD_MAP", "DICT_MERGE", "CALL_FUNCTION_EX"})
 _IGNORED = {"CACHE", "EXTENDED_ARG", "TO_BOOL", "NOP", "NOT_TAKEN"}
 
 Verdicts = dict[Callable[..., Any], "str | None"]
@@ -70,7 +73,7 @@ def reason_against(module: nn.Module, kind: type[MSSA] | type[ISTA], seen: Verdi
 
     ``seen`` keeps the verdict on each forward function, for models of many equal layers.
     """
-    reason = _against_class(type(module))
+    reason = against_class(type(module))
     if reason is not None:
         return reason
     if "forward" in vars(module):
@@ -81,7 +84,9 @@ def reason_against(module: nn.Module, kind: type[MSSA] | type[ISTA], seen: Verdi
         return reason
     forward = type(module).__dict__["forward"]
     if forward not in seen:
-        seen[forward] = _against_code(forward, kind) or _against_result(forward, kind)
+        names = _ATTENTION_NAMES if kind is MSSA else _FEED_FORWARD_NAMES
+        against = against_code(forward, names, kind is MSSA, frozenset())
+        seen[forward] = against or _against_result(forward, kind)
     return seen[forward]
 
 
@@ -97,7 +102,7 @@ def _against_attention(module: nn.Module) -> str | None:
     children: dict[str, Any] = dict(module._modules)
     expected = {"attend", "dropout", "qkv", "to_out"}
     if set(children) != expected or module._parameters or module._buffers:
-        return _holds(module, expected)
+        return holds(module, expected)
     qkv, to_out = children["qkv"], children["to_out"]
     wanted = [("attend", children["attend"], nn.Softmax), ("qkv", qkv, nn.Linear)]
     wanted.append(("dropout", children["dropout"], nn.Dropout))
@@ -130,7 +135,7 @@ def _against_attention(module: nn.Module) -> str | None:
 
 def _against_feed_forward(module: nn.Module) -> str | None:
     if set(module._parameters) != {"weight"} or module._modules or module._buffers:
-        return _holds(module, {"weight"})
+        return holds(module, {"weight"})
     weight = module._parameters["weight"]
     if type(weight) is not nn.Parameter:
         return f"expected weight to be a plain nn.Parameter, got {type(weight).__name__}"
@@ -143,7 +148,7 @@ def _against_feed_forward(module: nn.Module) -> str | None:
     return None
 
 
-def _holds(module: nn.Module, expected: set[str]) -> str:
+def holds(module: nn.Module, expected: set[str]) -> str:
     held = sorted({*module._modules, *module._parameters, *module._buffers})
     return f"expected {sorted(expected)} as children and parameters, got {held}"
 
@@ -160,7 +165,7 @@ def _shown(value: Any) -> str:
 # ---- what its class and code say
 
 
-def _against_class(cls: type[nn.Module]) -> str | None:
+def against_class(cls: type[nn.Module]) -> str | None:
     if cls.__mro__[1:] != (nn.Module, object):
         return f"{cls.__name__} is a subclass of {cls.__mro__[1].__name__}"
     extra = sorted(set(vars(cls)) - _CLASS_NAMES)
@@ -171,24 +176,26 @@ def _against_class(cls: type[nn.Module]) -> str | None:
     return None
 
 
-def _against_code(forward: types.FunctionType, kind: type[MSSA] | type[ISTA]) -> str | None:
+def against_code(
+    forward: types.FunctionType, allowed: set[str], takes_flags: bool, more: frozenset[str]
+) -> str | None:
+    """Uses no other names and, but for ``more`` ones, no instructions than straight code has."""
     code = forward.__code__
     names = code.co_varnames[: code.co_argcount]
-    flags = names[2:] if kind is MSSA else ()
+    flags = names[2:] if takes_flags else ()
     exact = names == ("self", "x", *flags) and flags in ((), _FLAGS)
-    variadic = code.co_flags & 0x0C or code.co_kwonlyargcount
+    variadic = code.co_flags & (0x04 if more & KEYWORDS else 0x0C) or code.co_kwonlyargcount
     if not exact or variadic or forward.__defaults__ != ((False,) * len(flags) or None):
         return "its forward takes other arguments"
     if code.co_freevars or code.co_cellvars or hasattr(forward, "__wrapped__"):
         return "its forward is decorated or a closure"
-    allowed = _ATTENTION_NAMES if kind is MSSA else _FEED_FORWARD_NAMES
     unknown = sorted(set(code.co_names) - allowed)
     if unknown:
         return f"its forward uses {', '.join(unknown)}"
-    return _against_instructions(forward)
+    return _against_instructions(forward, _INSTRUCTIONS | more)
 
 
-def _against_instructions(forward: types.FunctionType) -> str | None:
+def _against_instructions(forward: types.FunctionType, known: set[str]) -> str | None:
     previous: Any = None
     for step in dis.get_instructions(forward):
         if step.opname in _IGNORED:
@@ -196,7 +203,7 @@ def _against_instructions(forward: types.FunctionType) -> str | None:
         if step.opname.startswith("POP_JUMP"):
             if previous not in _FLAGS:
                 return "its forward branches on something other than its flags"
-        elif step.opname not in _INSTRUCTIONS or not _plain_operand(step):
+        elif step.opname not in known or not _plain_operand(step):
             return f"its forward does more than compute ({step.opname} {step.argrepr})"
         elif step.opname == "LOAD_GLOBAL" and not _known_global(forward, step.argval):
             return f"its forward uses {step.argval}, which is not torch's or einops' own"
@@ -240,14 +247,14 @@ def _against_result(forward: types.FunctionType, kind: type[MSSA] | type[ISTA]) 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for kwargs in calls:
             for batch, n in ((2, 5), (1, 7)):
-                x = _waves(batch, n, _DIM)
+                x = waves(batch, n, _DIM)
                 try:
                     got = forward(layer, x, **kwargs)
                 except Exception as error:
                     return f"its forward fails on a trial input: {type(error).__name__}: {error}"
-                if not torch.equal(x, _waves(batch, n, _DIM)):
+                if not torch.equal(x, waves(batch, n, _DIM)):
                     return "its forward writes into its input"
-                if not _same(got, own(layer, x, **kwargs)):
+                if not same(got, own(layer, x, **kwargs)):
                     return f"its forward computes something else than the published {kind.__name__}"
     return None
 
@@ -257,7 +264,7 @@ _DIM, _HEADS, _HEAD_DIM = 10, 3, 4
 
 def _attention_stand_in() -> types.SimpleNamespace:
     """Children as distinct functions, the scale as no formula gives it: none can be left out."""
-    w_qkv, w_out = _waves(_HEADS * _HEAD_DIM, _DIM), _waves(_DIM, _HEADS * _HEAD_DIM)
+    w_qkv, w_out = waves(_HEADS * _HEAD_DIM, _DIM), waves(_DIM, _HEADS * _HEAD_DIM)
     return types.SimpleNamespace(
         heads=_HEADS,
         scale=0.37,
@@ -269,15 +276,15 @@ def _attention_stand_in() -> types.SimpleNamespace:
 
 
 def _feed_forward_stand_in() -> types.SimpleNamespace:
-    return types.SimpleNamespace(weight=_waves(_DIM, _DIM), step_size=0.23, lambd=0.31)
+    return types.SimpleNamespace(weight=waves(_DIM, _DIM), step_size=0.23, lambd=0.31)
 
 
-def _waves(*shape: int) -> Tensor:
+def waves(*shape: int) -> Tensor:
     """Numbers in [-1, 1] without pattern, the same at every call; on the CPU in float64."""
     steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
     return torch.sin(steps * steps * 0.7).view(shape)
 
 
-def _same(got: Any, want: Tensor) -> bool:
+def same(got: Any, want: Tensor) -> bool:
     fits = isinstance(got, Tensor) and got.dtype == want.dtype and got.shape == want.shape
     return fits and torch.allclose(got, want, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,380 @@
+"""A whole CRATE layer as one op, White-Box Transformers, arXiv 2311.13110, section 2.
+
+h = LN(x),  z = x + MSSA(h),  u = LN(z),  y = ISTA(u)
+The passes in order, with what each reads and writes of (rows, D) tensors between the GEMMs:
+    forward   x -> h | w = h U^T | o = attention(w) | p = o V^T | x, p -> z, u | y = ISTA(u)
+    backward  du = ISTA'(dy) | du, z -> dz, u | do = dz V | dw = attention'(do) | dh = dw U
+              | dh, x, dz -> dx, h | and the weights' gradients from u, o and h
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import check_heads, check_number, check_tensors, refuse
+from ..ista.gram_cache import cached_gram
+from ..ista.op import _kernels as _ista_kernels
+from ..library import autocast_dtype, define, define_gradient
+from ..mssa.op import _check_options
+from ..mssa.op import _kernels as _attention_kernels
+
+MEMORY = ("default", "low")
+PARAMETERS = (
+    "norm1_weight",
+    "norm1_bias",
+    "w_qkv",
+    "w_out",
+    "b_out",
+    "norm2_weight",
+    "norm2_bias",
+    "weight",
+)
+
+
+def crate_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    eps: float = 1e-5,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+    memory: str = "default",
+    backend: str = "auto",
+) -> Tensor:
+    r"""One CRATE layer: a compression step (MSSA) and a sparsification step (ISTA), each normed.
+
+    .. math:: z = x + \mathrm{MSSA}(\mathrm{LN}_1(x)), \qquad y = \mathrm{ISTA}(\mathrm{LN}_2(z))
+
+    Args:
+        x: tokens (B, N, D).
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: of the LayerNorms, (D,).
+        w_qkv, w_out, b_out, heads, scale, causal: of :func:`crate_kernels.mssa`.
+        weight, step_size, lambd: of :func:`crate_kernels.ista`.
+        eps: of both norms, > 0.
+        memory: what is kept for the backward pass, in tensors of B*N*D elements. "default": x,
+            w, o and z (four; the normed h and u are made again). "low": x and o (two; w and z
+            are made again too, by two more GEMMs). x is the y of the layer before, kept once.
+        backend: "auto", "cuda", "triton" or "reference", as in the two ops.
+
+    Returns:
+        (B, N, D), contiguous, in the dtype the GEMMs run in: autocast's where it is on, else
+        that of x. Between two layers nothing else is needed: y replaces x instead of being added
+        to it, so that its rounding does not add up over the layers (docs/block.md). Norms, sums
+        and thresholds are computed in float32.
+
+    Dtypes: float16, bfloat16, float32, float64 (by the reference backend).
+
+    Raises:
+        ValueError: shapes, devices, heads, memory or a backend that do not fit.
+        TypeError: not tensors, not floating, or of mixed dtypes with autocast off.
+
+    Source: arXiv 2311.13110, eq. 18 and 19. Derivation and schedule: docs/block.md.
+    """
+    parameters = (
+        norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
+    )  # fmt: skip
+    _check_block(x, parameters, heads)
+    _check_options("crate_block", scale, causal)
+    check_number("crate_block", "eps", eps, above_zero=True)
+    check_number("crate_block", "step_size", step_size)
+    check_number("crate_block", "lambd", lambd)
+    if memory not in MEMORY:
+        refuse("crate_block", f"memory to be one of {MEMORY}", repr(memory))
+    dtype, head_dim = autocast_dtype(x), w_qkv.shape[0] // heads
+    attention = backends.choose("crate_block", backend, x, dtype, head_dim)
+    dictionary = backends.choose("ista", backend, x, dtype, None)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    gram = None
+    if not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (x, *parameters)
+    ):
+        memory = "none"
+        if not torch.compiler.is_compiling():
+            gram = cached_gram(weight, step_size, dtype, _ista_kernels(dictionary))
+    numbers = (heads, scale, causal, float(eps), float(step_size), float(lambd))
+    y, *_ = torch.ops.crate_kernels.crate_block(
+        x, *parameters, gram, dtype, *numbers, memory, attention, dictionary
+    )
+    return y
+
+
+def explain_crate_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    *,
+    heads: int,
+    **_: Any,
+) -> backends.Explanation:
+    """Which backends fit these arguments of :func:`crate_block`, and why the others do not."""
+    parameters = (
+        norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
+    )  # fmt: skip
+    _check_block(x, parameters, heads)
+    return backends.explain("crate_block", x, autocast_dtype(x), w_qkv.shape[0] // heads)
+
+
+def _check_block(x: Tensor, parameters: tuple[Tensor | None, ...], heads: int) -> None:
+    named = dict(zip(PARAMETERS, parameters, strict=True))
+    optional = {name: named.pop(name) for name in ("w_out", "b_out")}
+    check_tensors("crate_block", {"x": x, **named}, optional)
+    if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
+        refuse("crate_block", "x of shape (B, N, D) with N > 0 and D > 0", tuple(x.shape))
+    d = x.shape[2]
+    w_qkv: Any = named["w_qkv"]
+    if w_qkv.dim() != 2 or w_qkv.shape[1] != d:
+        refuse("crate_block", f"w_qkv of shape (heads*head_dim, D = {d})", tuple(w_qkv.shape))
+    inner = w_qkv.shape[0]
+    check_heads("crate_block", heads, inner)
+    if optional["w_out"] is None and inner != d:
+        refuse("crate_block", f"w_out of shape {(d, inner)}, or heads*head_dim = D", "None")
+    if optional["w_out"] is None and optional["b_out"] is not None:
+        refuse("crate_block", "b_out only together with w_out", "b_out without w_out")
+    wanted = {name: (d,) for name in named if name.startswith("norm")}
+    wanted |= {"weight": (d, d), "w_out": (d, inner), "b_out": (d,)}
+    for name, shape in wanted.items():
+        t = {**named, **optional}[name]
+        if t is not None and t.shape != shape:
+            refuse("crate_block", f"{name} of shape {shape}", tuple(t.shape))
+
+
+# ---- the schedule
+
+
+def _rows(attention: str, dictionary: str) -> Any:
+    """The module of the passes over rows that goes with these backends."""
+    if attention == dictionary == "reference":
+        from . import torch_kernels
+
+        return torch_kernels
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _linear(t: Tensor, weight: Tensor) -> Tensor:
+    """t weight^T over the last dimension, in the dtype of t."""
+    return torch.nn.functional.linear(t, weight.to(t.dtype))
+
+
+def _sum_over_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a^T b for (..., A) and (..., B): (A, B) in ``dtype``, summed in float32 or better."""
+    a, b = a.flatten(0, -2), b.flatten(0, -2)
+    if a.is_cuda and a.dtype != dtype == torch.float32:
+        return torch.mm(a.mT, b, out_dtype=dtype)
+    return (a.mT @ b).to(dtype)
+
+
+def _forward(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    gram: Tensor | None,
+    dtype: torch.dtype,
+    heads: int,
+    scale: float,
+    causal: bool,
+    eps: float,
+    step_size: float,
+    lambd: float,
+    memory: str,
+    attention: str,
+    dictionary: str,
+) -> tuple[Tensor, ...]:
+    """y, then what the backward pass needs: xc, stats1, w, o, lse, z, stats2, G, and y > 0."""
+    rows, ista = _rows(attention, dictionary), _ista_kernels(dictionary)
+    given, x = x, x.contiguous()
+    xc, h, stats1 = rows.normalise(x, None, None, norm1_weight, norm1_bias, eps, dtype)
+    w = _linear(h, w_qkv)
+    del h
+    o, lse = _attention_kernels(attention).forward(w, heads, scale, causal)
+    p = o if w_out is None else _linear(o, w_out)
+    z, u, stats2 = rows.normalise(xc, p, b_out, norm2_weight, norm2_bias, eps, dtype)
+    del p
+    empty = xc.new_empty
+    if memory == "none":
+        gram = ista.make_gram(weight, step_size, dtype) if gram is None else gram
+        y = ista.apply_gram(u, u, gram, step_size * lambd)
+        return y, *(empty(0) for _ in range(9))
+    gram = ista.make_gram(weight, step_size, dtype)
+    if dictionary == "cuda":
+        y, mask = ista.apply_gram_and_mask(u, u, gram, step_size * lambd)
+    else:
+        y, mask = ista.apply_gram(u, u, gram, step_size * lambd), empty(0, dtype=torch.uint8)
+    if memory == "low":
+        w, z, stats1, stats2 = empty(0), empty(0), stats1.new_empty(0), stats2.new_empty(0)
+    return y, (empty(0) if xc is given else xc), stats1, w, o, lse, z, stats2, gram, mask
+
+
+def _backward(
+    dy: Tensor,
+    xc: Tensor,
+    stats1: Tensor,
+    w: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    z: Tensor,
+    stats2: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    wants: list[bool],
+    heads: int,
+    scale: float,
+    causal: bool,
+    eps: float,
+    step_size: float,
+    memory: str,
+    attention: str,
+    dictionary: str,
+) -> list[Tensor]:
+    """Gradients of x and of the parameters, in order; empty where not wanted."""
+    rows, ista = _rows(attention, dictionary), _ista_kernels(dictionary)
+    dtype, low = xc.dtype, memory == "low"
+    wanted = dict(zip(("x", *PARAMETERS), wants, strict=True))
+    u = h = dw_out = None
+    if low:
+        p = o if w_out is None else _linear(o, w_out)
+        z, u, stats2 = rows.normalise(xc, p, b_out, norm2_weight, norm2_bias, eps, dtype)
+        del p
+    du, g = ista.input_gradient(dy, kept, gram)
+    dz, u_again, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
+        du, z, stats2, norm2_weight, norm2_bias, None, wanted["weight"] and not low, wanted["b_out"]
+    )
+    del du, z
+    u = u_again if u is None else u
+    dweight = ista.weight_gradient(u, g, weight, step_size) if wanted["weight"] else None
+    del u, u_again, g
+    if wanted["w_out"]:
+        dw_out = _sum_over_tokens(dz, o, w_out.dtype)
+    do = dz if w_out is None else dz @ w_out.to(dtype)
+    if low:
+        _, h, stats1 = rows.normalise(xc, None, None, norm1_weight, norm1_bias, eps, dtype)
+        w = _linear(h, w_qkv)
+    dw = _attention_kernels(attention).backward(do, w, o, lse, heads, scale, causal)
+    del do, w
+    dh = dw @ w_qkv.to(dtype)
+    dx, h_again, dnorm1_weight, dnorm1_bias, _ = rows.normalise_backward(
+        dh, xc, stats1, norm1_weight, norm1_bias, dz, wanted["w_qkv"] and not low, False
+    )
+    h = h_again if h is None else h
+    dw_qkv = _sum_over_tokens(dw, h, w_qkv.dtype) if wanted["w_qkv"] else None
+    found = (
+        dx, dnorm1_weight, dnorm1_bias, dw_qkv, dw_out, db_out, dnorm2_weight, dnorm2_bias, dweight
+    )  # fmt: skip
+    return [
+        t if want and t is not None else xc.new_empty(0)
+        for t, want in zip(found, wants, strict=True)
+    ]
+
+
+# ---- registration: crate_kernels::crate_block and its backward
+
+
+def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, w_qkv, _, _, _, _, weight = rest[:8]
+    _, dtype, heads, *_, memory, attention, dictionary = rest[8:]
+    n_rows, d = x.shape[0] * x.shape[1], x.shape[2]
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    y = new(*x.shape)
+    if memory == "none":
+        return y, *(new(0) for _ in range(9))
+    xc = new(0) if x.dtype == dtype and x.is_contiguous() else new(*x.shape)
+    inner = (*x.shape[:2], w_qkv.shape[0])
+    lse = new(x.shape[0], heads, x.shape[1], dtype=wide)
+    bits = _ista_kernels(dictionary).mask_bytes(n_rows, d) if dictionary == "cuda" else 0
+    gram, mask = new(*weight.shape), new(bits, dtype=torch.uint8)
+    if memory == "low":
+        none = (new(0, dtype=wide), new(0)), (new(0), new(0, dtype=wide))
+        return y, xc, *none[0], new(*inner), lse, *none[1], gram, mask
+    stats = [new(n_rows, 2, dtype=wide) for _ in range(2)]
+    return y, xc, stats[0], new(*inner), new(*inner), lse, new(*x.shape), stats[1], gram, mask
+
+
+def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
+    parameters, wants = rest[8:16], rest[16]
+    gradients = [torch.empty_like(t) if t is not None else None for t in (xc, *parameters)]
+    return [
+        t if want and t is not None else xc.new_empty(0)
+        for t, want in zip(gradients, wants, strict=True)
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *parameters = inputs[:9]
+    y, xc, *kept, mask = output
+    ctx.x_dtype, ctx.options = x.dtype, (*inputs[11:16], *inputs[17:])  # all but lambd
+    if mask.numel() == 0 and y.numel() > 0:
+        mask = y
+    ctx.save_for_backward(x if xc.numel() == 0 else xc, *kept, mask, *parameters)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    wants = list(ctx.needs_input_grad[:9])
+    found = torch.ops.crate_kernels.crate_block_backward(
+        dy, *ctx.saved_tensors, wants, *ctx.options
+    )
+    gradients = [g if want else None for g, want in zip(found, wants, strict=True)]
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].to(ctx.x_dtype)
+    return (*gradients, *(None for _ in range(11)))
+
+
+define(
+    "crate_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor w_qkv, Tensor? w_out,"
+    " Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias, Tensor weight, Tensor? gram,"
+    " ScalarType dtype, int heads, float scale, bool causal, float eps, float step_size,"
+    " float lambd, str memory, str attention, str dictionary) -> (Tensor y, Tensor xc,"
+    " Tensor stats1, Tensor w, Tensor o, Tensor lse, Tensor z, Tensor stats2, Tensor made_gram,"
+    " Tensor mask)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "crate_block_backward(Tensor dy, Tensor xc, Tensor stats1, Tensor w, Tensor o, Tensor lse,"
+    " Tensor z, Tensor stats2, Tensor gram, Tensor kept, Tensor norm1_weight, Tensor norm1_bias,"
+    " Tensor w_qkv, Tensor? w_out, Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias,"
+    " Tensor weight, bool[] wants, int heads, float scale, bool causal, float eps,"
+    " float step_size, str memory, str attention, str dictionary) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+define_gradient("crate_block", _gradient, _save)

@@ -1,0 +1,61 @@
+"""The passes over rows of a CRATE layer by torch's own kernels, on any device and dtype.
+
+``stats`` holds mean and 1 / sigma of each row, (rows, 2), in float32 or better, as do all sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def normalise(
+    x: Tensor,
+    p: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = x (+ p (+ bias)), h = gamma (z - mean) / sigma + beta, and the stats.
+
+    z and h are in ``dtype``, h of the rounded z; z is x itself where nothing changes it.
+    """
+    z = x
+    if p is not None:
+        z = x + (p if bias is None else p + bias)
+    z = z.to(dtype)
+    wide = _wide(z)
+    h, mean, rstd = torch.native_layer_norm(
+        wide, z.shape[-1:], gamma.to(wide.dtype), beta.to(wide.dtype), eps
+    )
+    return z, h.to(dtype), torch.stack((mean.flatten(), rstd.flatten()), dim=1)
+
+
+def normalise_backward(
+    dh: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    skip: Tensor | None,
+    wants_h: bool,
+    wants_sum: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """dz = the norm's gradient (+ skip), h again, dgamma, dbeta, and the sum of dz over rows."""
+    wide, rows = _wide(z), (*z.shape[:-1], 1)
+    mean, rstd = (s.contiguous().view(rows) for s in stats.unbind(1))
+    gc, bc = gamma.to(wide.dtype), beta.to(wide.dtype)
+    dz, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+        dh.to(wide.dtype), wide, z.shape[-1:], mean, rstd, gc, bc, [True, True, True]
+    )
+    if skip is not None:
+        dz = dz + skip
+    h = torch.addcmul(bc, (wide - mean) * rstd, gc).to(z.dtype) if wants_h else None
+    dsum = dz.flatten(0, -2).sum(0).to(gamma.dtype) if wants_sum else None
+    return dz.to(z.dtype), h, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), dsum
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))

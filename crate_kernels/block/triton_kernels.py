@@ -1,0 +1,225 @@
+"""The passes over rows of a CRATE layer in Triton: bound by memory, each tensor read once.
+
+    forward   z = x (+ p + b), h = gamma (z - mean) rstd + beta            normalise_kernel
+    backward  t = gamma dh, zhat = (z - mean) rstd                         normalise_backward_kernel
+              dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip), and h again
+              dgamma = sum dh zhat, dbeta = sum dh, db = sum dz            and sum_partials_kernel
+
+A program of the backward pass keeps its part of the three sums in registers; the parts are added
+in a fixed order, so results are bitwise repeatable. The contracts are those of torch_kernels.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..library import on_device_of
+from ..triton_common import multiprocessors
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Rows a program takes at once, warps, and (backward) programs for each multiprocessor."""
+
+    rows: int
+    num_warps: int
+    programs: int = 0
+
+
+# Measured on an H200 in bfloat16: docs/performance.md, "The passes over rows".
+def forward_config(d: int, adds: bool) -> RowsConfig:
+    if not adds:
+        return RowsConfig(rows=2, num_warps=1)
+    return RowsConfig(rows=1, num_warps=2 if d > 576 else 1)
+
+
+def backward_config(d: int) -> RowsConfig:
+    return RowsConfig(rows=2 if d > 512 else 4, num_warps=4, programs=3)
+
+
+@triton.jit
+def normalise_kernel(
+    X, P, BIAS, GAMMA, BETA, Z, H, STATS, n_rows, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, WRITE_Z: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    at = row.to(tl.int64) * D + col
+    inside = (row < n_rows) & (col < D)
+    gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
+    beta = tl.load(BETA + col, mask=col < D, other=0.0).to(tl.float32)
+    z = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        z += tl.load(P + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD_BIAS:
+        z += tl.load(BIAS + col, mask=col < D, other=0.0).to(tl.float32)
+    if WRITE_Z:
+        rounded = z.to(Z.dtype.element_ty)
+        tl.store(Z + at, rounded, mask=inside)
+        z = rounded.to(tl.float32)
+    mean = tl.sum(z, 1, keep_dims=True) / D
+    away = tl.where(col < D, z - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(away * away, 1, keep_dims=True) / D + eps)
+    h = gamma * (away * rstd) + beta
+    tl.store(H + at, h.to(H.dtype.element_ty), mask=inside)
+    tl.store(STATS + 2 * row, mean, mask=row < n_rows)
+    tl.store(STATS + 2 * row + 1, rstd, mask=row < n_rows)
+
+
+@triton.jit
+def _load_rows(
+    DH, Z, STATS, SKIP, row, col, n_rows,
+    D: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    at = row.to(tl.int64) * D + col
+    inside = (row < n_rows) & (col < D)
+    dh = tl.load(DH + at, mask=inside, other=0.0)
+    z = tl.load(Z + at, mask=inside, other=0.0)
+    skip = tl.load(SKIP + at, mask=inside, other=0.0) if ADD else dh
+    mean = tl.load(STATS + 2 * row, mask=row < n_rows, other=0.0)
+    rstd = tl.load(STATS + 2 * row + 1, mask=row < n_rows, other=0.0)
+    return dh, z, skip, mean, rstd
+
+
+@triton.jit
+def normalise_backward_kernel(
+    DH, Z, STATS, GAMMA, BETA, SKIP, DZ, H, PARTIALS, n_rows,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr,
+):  # fmt: skip
+    """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz summed."""
+    col = tl.arange(0, BLOCK)[None, :]
+    gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
+    if WRITE_H:
+        beta = tl.load(BETA + col, mask=col < D, other=0.0).to(tl.float32)
+    sum_gamma = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_beta = tl.zeros((ROWS, BLOCK), tl.float32)
+    if SUM_DZ:
+        sum_dz = tl.zeros((ROWS, BLOCK), tl.float32)
+    step = tl.num_programs(0) * ROWS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    dh_next, z_next, skip_next, mean_next, rstd_next = _load_rows(
+        DH, Z, STATS, SKIP, row, col, n_rows, D, ADD
+    )
+    for first in range(tl.program_id(0) * ROWS, n_rows, step):
+        dh, z, skip = dh_next.to(tl.float32), z_next.to(tl.float32), skip_next
+        mean, rstd = mean_next, rstd_next
+        row = first + tl.arange(0, ROWS)[:, None]
+        dh_next, z_next, skip_next, mean_next, rstd_next = _load_rows(
+            DH, Z, STATS, SKIP, row + step, col, n_rows, D, ADD
+        )
+        at = row.to(tl.int64) * D + col
+        inside = (row < n_rows) & (col < D)
+        zhat = tl.where(inside, (z - mean) * rstd, 0.0)
+        t = gamma * dh
+        along = tl.sum(t, 1, keep_dims=True) / D
+        across = tl.sum(t * zhat, 1, keep_dims=True) / D
+        dz = rstd * (t - along - zhat * across)
+        if ADD:
+            dz += skip.to(tl.float32)
+        tl.store(DZ + at, dz.to(DZ.dtype.element_ty), mask=inside)
+        if WRITE_H:
+            tl.store(H + at, (gamma * zhat + beta).to(H.dtype.element_ty), mask=inside)
+        sum_gamma += dh * zhat
+        sum_beta += dh
+        if SUM_DZ:
+            sum_dz += tl.where(inside, dz, 0.0)
+    sums = 3 if SUM_DZ else 2
+    to = PARTIALS + tl.program_id(0) * (sums * D) + tl.arange(0, BLOCK)
+    within = tl.arange(0, BLOCK) < D
+    tl.store(to, tl.sum(sum_gamma, 0), mask=within)
+    tl.store(to + D, tl.sum(sum_beta, 0), mask=within)
+    if SUM_DZ:
+        tl.store(to + 2 * D, tl.sum(sum_dz, 0), mask=within)
+
+
+@triton.jit
+def sum_partials_kernel(
+    PARTIALS, OUT0, OUT1, OUT2, n_parts,
+    D: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """OUT0, OUT1, OUT2 (D,): the first SUMS of them, over the parts of PARTIALS (n_parts, SUMS, D)."""
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(1)
+    total = tl.zeros((PARTS, BLOCK), tl.float32)
+    for first in range(0, n_parts, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        at = (part * SUMS + which) * D + col[None, :]
+        total += tl.load(PARTIALS + at, mask=(part < n_parts) & (col[None, :] < D), other=0.0)
+    sums = tl.sum(total, 0)
+    if which == 0:
+        tl.store(OUT0 + col, sums.to(OUT0.dtype.element_ty), mask=col < D)
+    if which == 1:
+        tl.store(OUT1 + col, sums.to(OUT1.dtype.element_ty), mask=col < D)
+    if SUMS > 2:
+        if which == 2:
+            tl.store(OUT2 + col, sums.to(OUT2.dtype.element_ty), mask=col < D)
+
+
+def normalise(
+    x: Tensor,
+    p: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d = x.shape[-1]
+    n_rows = x.numel() // d
+    x, gamma, beta = x.contiguous(), gamma.contiguous(), beta.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    writes_z = p is not None or x.dtype != dtype
+    z = torch.empty(x.shape, dtype=dtype, device=x.device) if writes_z else x
+    h = torch.empty_like(z)
+    stats = torch.empty(n_rows, 2, dtype=torch.float32, device=x.device)
+    config = forward_config(d, p is not None)
+    if n_rows > 0:
+        with on_device_of(x):
+            normalise_kernel[(triton.cdiv(n_rows, config.rows),)](
+                x, p, bias, gamma, beta, z, h, stats, n_rows, eps,
+                D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
+                ADD=p is not None, ADD_BIAS=bias is not None, WRITE_Z=writes_z,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+    return z, h, stats
+
+
+def normalise_backward(
+    dh: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    skip: Tensor | None,
+    wants_h: bool,
+    wants_sum: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    d = z.shape[-1]
+    n_rows = z.numel() // d
+    gamma, beta = gamma.contiguous(), beta.contiguous()
+    dz = torch.empty_like(z)
+    h = torch.empty_like(z) if wants_h else None
+    config, n_sums = backward_config(d), 3 if wants_sum else 2
+    programs = min(triton.cdiv(n_rows, config.rows), config.programs * multiprocessors(z))
+    partials = torch.empty(programs, n_sums, d, dtype=torch.float32, device=z.device)
+    sums = [torch.empty(d, dtype=gamma.dtype, device=z.device) for _ in range(n_sums)]
+    sums += [None] * (3 - n_sums)
+    with on_device_of(z):
+        if n_rows > 0:
+            normalise_backward_kernel[(programs,)](
+                dh, z, stats, gamma, beta, skip, dz, h, partials, n_rows,
+                D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
+                ADD=skip is not None, WRITE_H=wants_h, SUM_DZ=wants_sum,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+        sum_partials_kernel[(triton.cdiv(d, 32), n_sums)](
+            partials, *sums, programs, D=d, SUMS=n_sums, PARTS=128, BLOCK=32, num_warps=4
+        )
+    return dz, h, *sums

@@ -1,0 +1,120 @@
+"""Is this module the published encoder? By the same tests as its layers, see recognition.py."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoder import Encoder
+from .layers import ISTA, MSSA
+from .recognition import KEYWORDS, LOOP, Verdicts, against_class, against_code, holds, same, waves
+
+
+def looks_like_encoder(module: nn.Module) -> bool:
+    """Whether it has layers of two steps, each with a norm and a fn: worth a verdict."""
+    layers = module._modules.get("layers")
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        return False
+    return all(
+        isinstance(pair, nn.ModuleList)
+        and len(pair) == 2
+        and all({"norm", "fn"} <= set(step._modules) for step in pair)
+        for pair in layers
+    )
+
+
+def reason_against_encoder(module: nn.Module, seen: Verdicts) -> str | None:
+    """Why ``module`` is not the published encoder of layers already swapped; None if it is.
+
+    ``seen`` keeps the verdict on each forward function.
+    """
+    if set(module._modules) != {"layers"} or module._parameters or module._buffers:
+        return holds(module, {"layers"})
+    reason = _against_module(module, seen, _against_encoder_forward)
+    if reason is not None:
+        return reason
+    layers: Any = module._modules["layers"]
+    for i, pair in enumerate(layers):
+        for j, (step, kind) in enumerate(zip(pair, (MSSA, ISTA), strict=True)):
+            if set(step._modules) != {"norm", "fn"} or step._parameters or step._buffers:
+                reason = holds(step, {"norm", "fn"})
+            elif type(step.fn) is not kind:
+                reason = f"expected fn to be a swapped {kind.__name__}, got {type(step.fn).__name__}"
+            else:
+                reason = _against_module(step, seen, _against_step_forward)
+            if reason is not None:
+                return f"layers.{i}.{j}: {reason}"
+    return None
+
+
+def _against_module(module: nn.Module, seen: Verdicts, against_forward: Any) -> str | None:
+    reason = against_class(type(module))
+    if reason is not None:
+        return reason
+    if "forward" in vars(module):
+        return "the forward of this instance was replaced"
+    forward = type(module).__dict__["forward"]
+    if forward not in seen:
+        seen[forward] = against_forward(forward)
+    return seen[forward]
+
+
+def _against_encoder_forward(forward: types.FunctionType) -> str | None:
+    """x = ff(attn(x) + x) for each pair of layers; a flag goes to the first attn."""
+    reason = against_code(forward, {"layers"}, True, LOOP)
+    if reason is not None:
+        return reason
+    return _against_trials(forward, Encoder.plain_forward, _encoder_stand_in())
+
+
+def _against_step_forward(forward: types.FunctionType) -> str | None:
+    """fn(norm(x)), keyword arguments handed on to fn if it takes any."""
+    reason = against_code(forward, {"norm", "fn"}, False, KEYWORDS)
+    if reason is not None:
+        return reason
+
+    def own(step: Any, x: Tensor, **kwargs: Any) -> Tensor:
+        return step.fn(step.norm(x), **kwargs)
+
+    return _against_trials(forward, own, _step_stand_in())
+
+
+def _against_trials(forward: Any, own: Any, stand_in: types.SimpleNamespace) -> str | None:
+    code = forward.__code__
+    flags = code.co_varnames[2 : code.co_argcount]
+    if code.co_flags & 0x08:
+        flags = ("return_attention", "return_key")
+    calls: list[dict[str, bool]] = [{}, *({flag: True} for flag in flags)]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for kwargs in calls:
+            x = waves(2, 5, 6)
+            try:
+                got = forward(stand_in, x, **kwargs)
+            except Exception as error:
+                return f"its forward fails on a trial input: {type(error).__name__}: {error}"
+            if not torch.equal(x, waves(2, 5, 6)):
+                return "its forward writes into its input"
+            if not same(got, own(stand_in, x, **kwargs)):
+                return "its forward computes something else than the published one"
+    return None
+
+
+def _encoder_stand_in() -> types.SimpleNamespace:
+    def attn(turn: float) -> Any:
+        def run(x: Tensor, return_attention: bool = False, return_key: bool = False) -> Tensor:
+            return torch.sin(turn * x) + 3.0 * return_attention + 5.0 * return_key
+
+        return run
+
+    layers = [[attn(i + 1.3), lambda x, i=i: torch.cos((i + 0.7) * x)] for i in range(3)]
+    return types.SimpleNamespace(layers=layers)
+
+
+def _step_stand_in() -> types.SimpleNamespace:
+    def fn(x: Tensor, return_attention: bool = False, return_key: bool = False) -> Tensor:
+        return torch.sin(1.3 * x) + 3.0 * return_attention + 5.0 * return_key
+
+    return types.SimpleNamespace(norm=lambda x: torch.cos(0.7 * x), fn=fn)
