@@ -43,6 +43,12 @@ def has_bulk_copy(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.get_device_capability(t.device) >= (9, 0)
 
 
+def can_start_early(t: Tensor) -> bool:
+    """Whether the device of ``t`` starts a kernel before the one ahead of it ends, if it asks to
+    (``launch_pdl``); such a kernel waits by ``gdc_wait`` before it touches memory."""
+    return t.is_cuda and torch.cuda.get_device_capability(t.device) >= (9, 0)
+
+
 def multiprocessors(t: Tensor) -> int:
     """Of the device of ``t``; one for Triton's interpreter on the CPU."""
     if not t.is_cuda:

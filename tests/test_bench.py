@@ -93,7 +93,8 @@ def test_every_peer_computes_the_reference(
             try:
                 got = case.outputs(candidate(name, compile_backend="eager"))
             except peers.Unavailable:
-                assert "sdpa" in name and (w.suite == "ista" or name != "sdpa")
+                unfit = "sdpa" in name and (w.suite == "ista" or name != "sdpa")
+                assert unfit or name == peers.YARDSTICK
             else:
                 assert_equal_results(got, want, name)
     finally:
@@ -327,6 +328,41 @@ def test_speedups_are_over_the_peer_named_or_the_fastest(versus: str) -> None:
     for r in results:
         expected = (peer, medians[peer] / r.median_us) if peer in medians else ("", None)
         assert (r.versus, r.speedup) == expected
+
+
+@pytest.mark.parametrize("versus", ["", "cublas"])
+def test_the_bare_gemms_are_no_peer_and_not_checked(versus: str, tmp_path: Path) -> None:
+    yardstick = replace(candidate("cublas"), build_layer=lambda w: torch.matmul)
+    w = replace(layer("ista", "forward+backward"), most=1.2)
+    found = run_workload(w, [EAGER, yardstick, OURS], quick(versus=versus), None)
+    _, gemms, ours = found
+    assert gemms.status == OK and gemms.output_error is None and gemms.gradient_error is None
+    assert ours.versus == (versus or "eager")
+    assert (gemms.over_gemms, ours.over_gemms) == (1, ours.median_us / gemms.median_us)
+    report.write(tmp_path, "x", found, MACHINE, None)
+    rows = read_csv(tmp_path / "x.csv")
+    assert [row["most"] for row in rows] == ["", "", "1.2"]
+    assert float(rows[2]["over_gemms"]) == pytest.approx(ours.over_gemms, rel=1e-3)
+    text = f"; {ours.over_gemms:.2f}x the time of cublas (at most 1.2x) |"
+    table = (tmp_path / "x.md").read_text().splitlines()[-3:]
+    assert [text in line for line in table] == [False, False, True]
+    assert text[2:-2] in list(report.lines(found, bold=False))[-1]
+
+
+@pytest.mark.parametrize(
+    ("w", "reason"),
+    [
+        (layer("ista"), "cublas runs on CUDA devices"),
+        (layer("mssa"), "a yardstick for ISTA alone"),
+        (workloads.model("crate_tiny", "forward", 2, dtype="fp32"), "a yardstick for ISTA alone"),
+    ],
+    ids=lambda value: getattr(value, "suite", ""),
+)
+def test_the_bare_gemms_stand_beside_ista_on_a_gpu(
+    w: Workload, reason: str, small_model: None
+) -> None:
+    (result,) = run_workload(w, [candidate("cublas")], quick(check_only=True), None)
+    assert (result.status, result.note) == (UNAVAILABLE, reason)
 
 
 # ---- files

@@ -75,6 +75,7 @@ def test_a_target_stays_with_its_workload_and_device(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device_name)
     selected = options.select(parse("--suite", "ista", *argv.split()), CUDA)
     assert selected["ista"][0].target == target
+    assert selected["ista"][0].most == (target and 1.15)
 
 
 @pytest.mark.parametrize("modes", [["train"], ["forward", "train"]])

@@ -144,7 +144,7 @@ def _each_once(found: list[Workload]) -> list[Workload]:
     """In order, without those that differ from another in the target only; one with comes first."""
     kept: dict[Workload, Workload] = {}
     for w in found:
-        bare = replace(w, target=None)
+        bare = replace(w, target=None, most=None)
         kept[bare] = w if bare not in kept or w.target else kept[bare]
     return list(kept.values())
 
@@ -153,7 +153,7 @@ def _with(w: Workload, changes: dict[str, Any], device: torch.device) -> Workloa
     """A target stays only with the workload, and the device, that it was set for."""
     changed = replace(w, **changes)
     known = device.type == "cpu" or torch.cuda.get_device_name(device) == "NVIDIA H200"
-    return changed if changed == w and known else replace(changed, target=None)
+    return changed if changed == w and known else replace(changed, target=None, most=None)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -7,6 +7,8 @@ sdpa-cudnn     the same by that one backend of SDPA
 sdpa-flash
 crate_kernels  ours; of a model: after fuse(model)
 NAME+compile   NAME under torch.compile
+cublas         no peer but a yardstick for ISTA, not checked: bare GEMMs over the tokens, as many as
+               ISTA cannot do without (1 forward, 2 backward)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .workloads import Workload
 
-OURS = "crate_kernels"
+OURS, YARDSTICK = "crate_kernels", "cublas"
 STEP_SIZE, LAMBD = 0.1, 0.1
 
 # The default candidates of each suite, on CUDA and on the CPU.
@@ -30,7 +32,7 @@ CANDIDATES = {
     "cuda": {
         "core": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
         "mssa": ("eager", "sdpa+compile", OURS),
-        "ista": ("eager", "compile", OURS),
+        "ista": ("eager", "compile", YARDSTICK, OURS),
         "model": ("eager", "sdpa+compile", OURS, f"{OURS}+compile"),
     },
     "cpu": {
@@ -40,7 +42,7 @@ CANDIDATES = {
         "model": ("eager", "sdpa", OURS),
     },
 }
-NAMES = ("eager", "sdpa", "sdpa-cudnn", "sdpa-flash", OURS)
+NAMES = ("eager", "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, YARDSTICK)
 
 
 class Unavailable(Exception):
@@ -61,7 +63,7 @@ class Candidate:
 def candidate(name: str, backend: str = "auto", compile_backend: str = "inductor") -> Candidate:
     """By name; ``backend`` is that of our ops, ``compile_backend`` torch.compile's."""
     form = "eager" if name == "compile" else name.removesuffix("+compile")
-    if form not in NAMES:
+    if name not in all_names():
         raise ValueError(f"bench: expected a peer among {all_names()}, got {name!r}")
     compiled = form != name
 
@@ -80,7 +82,7 @@ def candidate(name: str, backend: str = "auto", compile_backend: str = "inductor
 
 
 def all_names() -> tuple[str, ...]:
-    return (*NAMES, "compile", *(f"{name}+compile" for name in NAMES[1:]))
+    return (*NAMES, "compile", *(f"{name}+compile" for name in NAMES[1:-1]))
 
 
 # ---- layers
@@ -89,6 +91,8 @@ def all_names() -> tuple[str, ...]:
 def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
     if w.suite == "ista":
         return _ista(form, w, backend)
+    if form == YARDSTICK:
+        raise Unavailable("a yardstick for ISTA alone")
     if form == OURS:
         from ..mssa.op import mssa as fused_mssa
         from ..mssa.op import tied_attention
@@ -112,6 +116,8 @@ def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
 def _ista(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
     if form == "eager":
         return published_ista
+    if form == YARDSTICK:
+        return bare_gemm
     if form != OURS:
         raise Unavailable("ISTA has no attention")
     from ..ista.op import ista
@@ -134,6 +140,13 @@ def published_ista(x: Tensor, weight: Tensor) -> Tensor:
     coded = F.linear(x, weight)
     descent = F.linear(x, weight.t()) - F.linear(coded, weight.t())
     return F.relu(x + (STEP_SIZE * descent - STEP_SIZE * LAMBD))
+
+
+def bare_gemm(x: Tensor, weight: Tensor) -> Tensor:
+    """x W; autograd makes dy W^T and x^T dy of it: ISTA's products over the tokens."""
+    if not x.is_cuda:
+        raise Unavailable(f"{YARDSTICK} runs on CUDA devices")
+    return torch.matmul(x, weight)
 
 
 def _sdpa(form: str, w: Workload) -> Callable[..., Tensor]:
@@ -167,6 +180,8 @@ def _model(form: str, w: Workload, model: nn.Module) -> nn.Module:
         report = fuse(model)
         if not report.replaced:
             raise RuntimeError(f"fuse replaced nothing: {report}")
+    elif form == YARDSTICK:
+        raise Unavailable("a yardstick for ISTA alone")
     elif form != "eager":
         attention = _sdpa(form, w)
         for parent in list(model.modules()):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .peers import YARDSTICK
 from .roofline import Ceilings
 from .run import FAILED, OK, Result
 
@@ -85,9 +86,16 @@ def _line(r: Result, bold: bool) -> str:
         remarks.append(f"against {r.versus}")
         if r.workload.target:
             remarks.append(f"target {r.workload.target:g}x")
+    if r.ours and r.over_gemms:
+        remarks.append(gemms_text(r))
     if r.note:
         remarks.append(r.note)
     return " ".join([name, *cells, "; ".join(remarks)]).rstrip()
+
+
+def gemms_text(r: Result) -> str:
+    most = f" (at most {r.workload.most:g}x)" if r.workload.most else ""
+    return f"{r.over_gemms:.2f}x the time of {YARDSTICK}{most}"
 
 
 def error_text(r: Result) -> str:
@@ -179,6 +187,8 @@ def row(r: Result, machine: Machine) -> dict[str, Any]:
         "versus": r.versus,
         "speedup": r.speedup,
         "target": w.target if r.ours else "",
+        "over_gemms": r.over_gemms,
+        "most": w.most if r.ours else "",
         "output_max_error_x_eager": output[0],
         "output_rms_error_x_eager": output[1],
         "gradient_max_error_x_eager": gradient[0],
@@ -249,6 +259,8 @@ def _markdown_figures(r: Result) -> list[str]:
     speedup = f"**{r.speedup:.2f}x** {r.versus}" if r.ours and r.speedup else ""
     if speedup and r.workload.target:
         speedup += f" (target {r.workload.target:g}x)"
+    if r.ours and r.over_gemms:
+        speedup += f"; {gemms_text(r)}"
     return [
         f"{r.median_us:.1f}",
         f"{r.p10_us:.1f}-{r.p90_us:.1f}",

@@ -18,10 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..library import on_device_of
-from ..triton_common import dot, dot_precision, has_bulk_copy, multiprocessors
+from ..triton_common import can_start_early, dot, dot_precision, has_bulk_copy, multiprocessors
 from . import torch_kernels
 
 
@@ -44,6 +45,8 @@ def gemm_config(dtype: torch.dtype, n_rows: int, d: int, can_describe: bool) -> 
         return GemmConfig(64, 64, 32, 1, 4, 3)
     if n_rows * d < 128 * 128 * 256:  # too few large tiles to occupy a GPU
         block_m = 64 if n_rows * d <= 64 * 64 * 132 else 128
+        if can_describe and n_rows == d and d * d <= 128 * 64 * 132:  # a block a multiprocessor
+            return GemmConfig(block_m, 64, 128, 1, 4, 4 if block_m == 64 else 3, True)
         return GemmConfig(block_m, 64, 64, 1, 4, 4, can_describe)
     # Two blocks share a multiprocessor: one's epilogue hides behind the other's products.
     return GemmConfig(128, 128, 64, 4, 4, 3, can_describe)
@@ -107,15 +110,19 @@ def gemm_kernel(
     stride_am, stride_ak, stride_bk, stride_bn, n_changed,
     RELU: tl.constexpr, MASK: tl.constexpr, FLAGS: tl.constexpr, OUT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    DESCRIBED: tl.constexpr, TRANSPOSE_B: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, TRANSPOSE_A: tl.constexpr, TRANSPOSE_B: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """OUT = act(beta C + alpha A B - threshold), for A, C, OUT (n_rows, D) and B (D, D).
 
     RELU: act is relu, nan kept. MASK: C counts everywhere ("none"), where Y > 0 ("positive") or
     where Y != 0 ("nonzero"). FLAGS (0: no condition): do nothing unless one of the n_changed <=
-    FLAGS flags at CHANGED is set. DESCRIBED: the matrices are tensor descriptors, B's of B^T
-    where TRANSPOSE_B.
+    FLAGS flags at CHANGED is set. DESCRIBED: the matrices are tensor descriptors, those of A^T and
+    B^T where TRANSPOSE_A and TRANSPOSE_B. EARLY: launched before the kernel ahead of it ends.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     if FLAGS > 0:
         flag = tl.arange(0, FLAGS)
         if tl.max(tl.load(CHANGED + flag, mask=flag < n_changed, other=0), 0) == 0:
@@ -126,9 +133,12 @@ def gemm_kernel(
         col = (tile % tiles_n) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, D, BLOCK_K):
-            a = _load_tile(
-                A, row, k, n_rows, D, stride_am, stride_ak, BLOCK_M, BLOCK_K, DESCRIBED
-            )  # fmt: skip
+            if TRANSPOSE_A:
+                a = tl.trans(A.load([k, row]))
+            else:
+                a = _load_tile(
+                    A, row, k, n_rows, D, stride_am, stride_ak, BLOCK_M, BLOCK_K, DESCRIBED
+                )  # fmt: skip
             if TRANSPOSE_B:
                 b = tl.trans(B.load([col, k]))
             else:
@@ -283,22 +293,25 @@ def _gemm(
         return
     matrices = [c, a, b, y, out]
     aligned = d % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in matrices)
-    in_rows = a.is_contiguous() and (b.is_contiguous() or b.mT.is_contiguous())
+    in_rows = all(t.is_contiguous() or t.mT.is_contiguous() for t in (a, b))
     can_describe = aligned and in_rows and has_bulk_copy(a)
     config = gemm_config(b.dtype, n_rows, d, can_describe)
+    transpose_a = config.described and not a.is_contiguous()
     transpose_b = config.described and not b.is_contiguous()
     if config.described:
         part = (config.block_m, config.block_n // config.parts)
+        tile_a = (config.block_m, config.block_k)
         tile_b = (config.block_k, config.block_n)
         matrices = [
             _describe(c, d, part),
-            _describe(a, d, (config.block_m, config.block_k)),
+            _describe(a.mT, n_rows, tile_a[::-1]) if transpose_a else _describe(a, d, tile_a),
             _describe(b.mT, d, tile_b[::-1]) if transpose_b else _describe(b, d, tile_b),
             None if y is None else _describe(y, d, part),
             _describe(out, d, part),
         ]
     n_changed = 0 if changed is None else changed.numel()
     tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(d, config.block_n)
+    early = n_rows == d and can_start_early(a)  # short enough for it to matter
     grid = (min(tiles, 2 * multiprocessors(a)) if config.described else tiles,)
     with on_device_of(a):
         gemm_kernel[grid](
@@ -307,9 +320,11 @@ def _gemm(
             RELU=relu, MASK=mask, FLAGS=triton.next_power_of_2(n_changed) if n_changed else 0,
             OUT_DTYPE=getattr(tl, str(out.dtype).removeprefix("torch.")),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PARTS=config.parts, DESCRIBED=config.described, TRANSPOSE_B=transpose_b,
-            PRECISION=precision or dot_precision(b.dtype),
+            PARTS=config.parts, DESCRIBED=config.described,
+            TRANSPOSE_A=transpose_a, TRANSPOSE_B=transpose_b,
+            PRECISION=precision or dot_precision(b.dtype), EARLY=early,
             num_warps=config.num_warps, num_stages=config.num_stages,
+            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
 

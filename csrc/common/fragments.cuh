@@ -14,6 +14,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t addres
                  : "memory");
 }
 
+// The reverse: back to where load_matrices took them from.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&from)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+                 "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+                 : "memory");
+}
+
 // From global memory that nothing writes meanwhile; starts here, not where the word is needed.
 __device__ __forceinline__ uint32_t load_word_now(const uint32_t* from) {
     uint32_t word;

@@ -74,43 +74,6 @@ __device__ __forceinline__ void add_part(PartPosition<Config> part, float (&sums
     }
 }
 
-// Both at once for dy of 2 bytes, with g written, if `g` is not null: rows below `rows`, columns
-// below `columns` of it are inside. Two neighbouring lanes exchange pairs so that each stores 8
-// bytes.
-template <typename Config, int kPart>
-__device__ __forceinline__ void finish_part_and_write_g(PartPosition<Config> part,
-                                                        const float (&sums)[Config::kSums],
-                                                        uint32_t word, typename Config::Out* g,
-                                                        int stride, int rows, int columns) {
-    constexpr int kFirst = Config::column_of(kPart) / 8;
-    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    bool odd = lane % 2;
-    int column = odd * 8 + lane % 4 / 2 * 4;
-    g += row * stride + column;
-#pragma unroll
-    for (int j = 0; j < Config::kPartColumns / 8; j += 2) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            uint32_t pairs[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                uint32_t bits = word << j + i;
-                pairs[i] = *reinterpret_cast<const uint32_t*>(part.at(j + i, h)) &
-                           (h == 0 ? mask_from_low_bytes(bits) : mask_from_high_bytes(bits));
-                float2 c = unpack<typename Config::Out>(pairs[i]);
-                int sum = 4 * (kFirst + j + i) + 2 * h;
-                write_pair<typename Config::Out>(part.at(j + i, h),
-                                                 {sums[sum] + c.x, sums[sum + 1] + c.y});
-            }
-            uint32_t other = __shfl_xor_sync(0xFFFFFFFF, odd ? pairs[0] : pairs[1], 1);
-            if (row + 8 * h < rows && column + 8 * j < columns) {
-                *reinterpret_cast<uint2*>(g + 8 * h * stride + 8 * j) =
-                    odd ? uint2{other, pairs[1]} : uint2{pairs[0], other};
-            }
-        }
-    }
-}
-
 // The output, and in the forward pass the bits of what is not zero.
 template <typename Config, int kPart>
 __device__ __forceinline__ void write_part(PartPosition<Config> part,
@@ -194,13 +157,7 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
             if (from) kept = load_word_now(from);
         }
         barrier_wait(shared.part_loaded(consumer, at.slot), at.parity);
-        if constexpr (Config::kMasksA) {
-            auto g = static_cast<typename Config::Out*>(p.g) + int64_t(row) * p.columns + column;
-            finish_part_and_write_g<Config, kPart>(part, part_sums, kept, g, p.columns,
-                                                   p.g ? p.rows - row : 0, p.columns - column);
-        } else {
-            add_part<Config, kPart>(part, part_sums, kept);
-        }
+        add_part<Config, kPart>(part, part_sums, kept);
     } else {
         if (leader) wait_stores_read<Config::kBuffers - 1>();
         sync_threads_of(1 + consumer, Config::kConsumerThreads);
@@ -209,9 +166,7 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
     // output
     constexpr int kInWord = kPart % Config::kPartsOfWord;
     if constexpr (kInWord == 0) word = 0;
-    if constexpr (!Config::kMasksA) {
-        write_part<Config, kPart>(part, part_sums, word, p.threshold);
-    }
+    write_part<Config, kPart>(part, part_sums, word, p.threshold);
     fence_async_proxy();
     sync_threads_of(1 + consumer, Config::kConsumerThreads);
     if (leader) {

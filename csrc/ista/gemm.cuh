@@ -7,8 +7,8 @@
 // Blocks are persistent and come in clusters of two, which may share their rows of A or columns of
 // B. One warp loads [128, 64] of A and [64, kBlockN] of B per stage; two warpgroups take tiles of
 // the output in turn, so that one's epilogue hides behind the other's products. In the backward
-// pass they mask dy on its way to the products, in registers, and again in the epilogue, which
-// writes g.
+// pass they mask dy on its way to the products, in registers, and put it back as g; the epilogue
+// masks dy again.
 #pragma once
 
 #include "epilogue.cuh"
@@ -163,14 +163,17 @@ __device__ __forceinline__ void mask_fragment(uint32_t (&a)[4], uint32_t word, i
     }
 }
 
-// The same with dy for A, masked in registers. A stage is eight products of [64, 16] of A: while
-// one or two run, the next one's A is masked and that of the one kAhead later is loaded.
+// The same with dy for A, masked in registers. A stage is eight products of [64, 16] of A: while up
+// to kRunning run, the next one's A is masked and that of the one kAhead later is loaded, as far as
+// registers allow. Masked stages of the tile's own columns are also put back and leave as g.
 template <typename Config>
 __device__ __forceinline__ void multiply_masked(const GemmParams& p, GemmShared<Config> shared,
                                                 const Tile& tile, RingPosition& at,
                                                 StageRelease release, Turn turn,
                                                 float (&sums)[2][Config::kSums]) {
-    constexpr int kProducts = 2 * kBlockK / 16, kAhead = 3;
+    constexpr int kProducts = 2 * kBlockK / 16;
+    constexpr int kRunning = Config::kBlockN > 128 ? 3 : 5, kAhead = Config::kBlockN > 128 ? 2 : 3;
+    static_assert(kRunning + kAhead <= kProducts, "loaded over what has been multiplied");
     int m_block = min(tile.m_block, p.m_blocks - 1);  // a pair may be half a pair
     // Of the upper and the lower 64 rows: for this stage, and for the next.
     const uint32_t* mask = p.mask + int64_t(m_block) * p.k_blocks * kMaskWords;
@@ -181,20 +184,25 @@ __device__ __forceinline__ void multiply_masked(const GemmParams& p, GemmShared<
     uint32_t words[2] = {word(0, 0), word(0, 1)}, coming[2] = {word(1, 0), word(1, 1)};
     int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
     uint32_t position = shared_address(shared.a(0)) + row * 128 + (lane / 16 ^ row % 8) * 16;
-    uint32_t a[kProducts][4] = {};
-    auto load = [&](int product, int stage) {
-        load_matrices(a[product], (position + stage * Config::kBytesA ^ product / 2 << 5) +
-                                      product % 2 * Config::kChunkBytes);
+    auto address = [&](int product, int stage) {
+        return (position + stage * Config::kBytesA ^ product / 2 << 5) +
+               product % 2 * Config::kChunkBytes;
     };
+    uint32_t a[kProducts][4] = {};
+    auto load = [&](int product, int stage) { load_matrices(a[product], address(product, stage)); };
+    int own = p.stores_g ? tile.n_block * (Config::kBlockN / kBlockK) : p.k_blocks;
+    auto is_own = [&](int k) { return own <= k && k < own + Config::kBlockN / kBlockK; };
+    bool leader = threadIdx.x % Config::kConsumerThreads == 0;
 
     turn.await();
     barrier_wait(shared.loaded(at.slot), at.parity);
     for (int i = 0; i < kAhead; ++i) load(i, at.slot);
     mask_fragment(a[0], words[0], 0);
-    int stage;
+    int stage = at.slot;
     for (int k = 0; k < p.k_blocks; ++k) {
-        bool more = k + 1 < p.k_blocks;
+        bool more = k + 1 < p.k_blocks, keeps = is_own(k), kept = is_own(k - 1);
         if (!more) turn.pass();
+        int previous = stage;
         stage = at.slot;
         at.advance<Config::kStages>();
         uint32_t after[2] = {word(k + 2, 0), word(k + 2, 1)};
@@ -206,17 +214,18 @@ __device__ __forceinline__ void multiply_masked(const GemmParams& p, GemmShared<
             wgmma<Config::kBlockN, typename Config::T>::template from_registers<kNo>(
                 sums[i % 2], now[0], now[1], now[2], now[3], columns + i / 2 * 2, k > 0 || i > 1);
             wgmma_commit();
-            wgmma_wait<2>();  // product i - 2 is done
-            pin_registers(a[(i + kAhead) % kProducts]);
-            if (i == 1 && k > 0) release(stage == 0 ? Config::kStages - 1 : stage - 1);
-            if (i + kAhead < kProducts) {
-                load(i + kAhead, stage);
-            } else {
-                if (more && i + kAhead == kProducts) {
-                    barrier_wait(shared.loaded(at.slot), at.parity);
-                }
-                load(i + kAhead - kProducts, more ? at.slot : stage);
+            if (keeps) store_matrices(address(i, stage), now);
+            wgmma_wait<kRunning>();  // product i - kRunning is done
+            if (k > 0 && i == kRunning - 1 && !kept) release(previous);
+            if (k > 0 && i == kProducts - 1 && kept) {  // by now g has left it
+                if (leader) wait_stores_read<0>();
+                __syncwarp();
+                release(previous);
             }
+            int later = (i + kAhead) % kProducts;
+            pin_registers(a[later]);
+            if (later == 0 && more) barrier_wait(shared.loaded(at.slot), at.parity);
+            load(later, i + kAhead < kProducts || !more ? stage : at.slot);
             if (i + 1 < kProducts) {
                 mask_fragment(a[i + 1], words[(i + 1) % 2], (i + 1) / 2);
             } else {
@@ -225,12 +234,22 @@ __device__ __forceinline__ void multiply_masked(const GemmParams& p, GemmShared<
                 mask_fragment(a[0], words[0], 0);
             }
         }
+        if (keeps) {
+            fence_async_proxy();
+            sync_threads_of(1 + turn.consumer, Config::kConsumerThreads);
+            if (leader) {
+                store_tile(&p.g, shared.a(stage), k * kBlockK, tile.m_block * kBlockM);
+                commit_stores();
+            }
+        }
         coming[0] = after[0];
         coming[1] = after[1];
     }
     wgmma_wait<0>();
 #pragma unroll
     for (auto& fragment : a) pin_registers(fragment);
+    if (leader) wait_stores_read<0>();
+    __syncwarp();
     release(stage);
 }
 

@@ -41,9 +41,8 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
                                    {x.n, x.m * x.n, x.m * x.n * plan.parts},
                                    {Config::kPartColumns, 64, 1, 1});
     }
-    p.g = Config::kMasksA ? x.g : nullptr;
-    p.rows = x.m;
-    p.columns = x.n;
+    p.stores_g = Config::kMasksA && x.g != nullptr;
+    if (p.stores_g) p.g = matrix(x.g, x.dtype, x.m, x.n, kBlockM, kBlockK);
     p.mask = x.mask;
     p.threshold = x.threshold;
     p.m_blocks = ceil_div(x.m, kBlockM);

@@ -20,10 +20,9 @@ __device__ constexpr uint32_t mask_bit(int j, int h, int e) {
 }
 
 struct GemmParams {
-    CUtensorMap a, b, c, out;
+    CUtensorMap a, b, c, out, g;
+    bool stores_g;  // the backward pass, where it makes g
     uint32_t* mask;
-    void* g;            // or null
-    int rows, columns;  // of the output
     int m_blocks, k_blocks, k_blocks_of_part;
     int m_per_cluster, n_per_cluster;  // 2, 1: B is shared. 1, 2: A is. 1, 1: nothing is
     int groups_m, groups_n, units, step;

@@ -6,6 +6,23 @@ namespace crate_kernels {
 namespace {
 
 constexpr int kTile = 32;
+constexpr int kAtOnce = 8;  // partial sums loaded before the first of them is added
+
+// Starts here, not where the numbers are needed.
+__device__ __forceinline__ float4 load_four_now(const float* from) {
+    float4 v;
+    asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ void add_four(float4& sum, float4 v) {
+    sum.x += v.x;
+    sum.y += v.y;
+    sum.z += v.z;
+    sum.w += v.w;
+}
 
 __device__ __forceinline__ void store_four(float* to, float4 v) {
     *reinterpret_cast<float4*>(to) = v;
@@ -27,23 +44,30 @@ __global__ void __launch_bounds__(256)
     int row = threadIdx.x / 8, column = threadIdx.x % 8 * 4;
     int64_t at[2];
     bool inside[2];
-    float4 sum[2];
+    float4 sum[2] = {};
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
         int i = (side ? tile_j : tile_i) * kTile + row;
         int j = (side ? tile_i : tile_j) * kTile + column;
-        at[side] = int64_t(i) * d + j;
         inside[side] = i < d && j < d;
-        sum[side] = {0, 0, 0, 0};
-        if (!inside[side]) continue;
-#pragma unroll 8
-        for (int part = 0; part < parts; ++part) {
-            float4 v =
-                *reinterpret_cast<const float4*>(partials + int64_t(part) * d * d + at[side]);
-            sum[side].x += v.x;
-            sum[side].y += v.y;
-            sum[side].z += v.z;
-            sum[side].w += v.w;
+        at[side] = inside[side] ? int64_t(i) * d + j : 0;
+    }
+    for (int first = 0; first < parts; first += kAtOnce) {
+        float4 terms[kAtOnce][2];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            if (first + k < parts) {
+                const float* partial = partials + int64_t(first + k) * d * d;
+                terms[k][0] = load_four_now(partial + at[0]);
+                terms[k][1] = load_four_now(partial + at[1]);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            if (first + k < parts) {
+                add_four(sum[0], terms[k][0]);
+                add_four(sum[1], terms[k][1]);
+            }
         }
     }
 #pragma unroll
