@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
     attention_backward_kernel(const __grid_constant__ CUtensorMap grad_o_map,
                               const __grid_constant__ CUtensorMap w_map,
                               const __grid_constant__ CUtensorMap grad_w_map,
-                              const RowStatistics* stats, int n, int heads, float scale,
-                              bool causal) {
+                              const __grid_constant__ CUtensorMap stats_map, int n, int heads,
+                              float scale, bool causal) {
     using Config = Backward<T, kHeadDim>;
     constexpr int kSlots = Config::kSlots;
 
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
 
     int tiles = ceil_div(n, kTile), tile_j = blockIdx.x % tiles;
     int head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
-    stats += (int64_t)blockIdx.x / tiles * tiles;
+    int first_stats = blockIdx.x / tiles * tiles;
     int warp = threadIdx.x / 32;
 
     if (threadIdx.x == 0) {
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
         load_rows<kHeadDim>(tiles_grad_o + slot * Config::kTileElements, kTile, &grad_o_map,
                             &loaded[slot], head, tile * kTile, batch);
         wait_for_kernel_before();  // for the statistics alone
-        load_bytes(&tile_stats[slot], stats + tile, sizeof(RowStatistics), &loaded[slot]);
+        // By a tensor map: racecheck takes a plain bulk copy for this thread's own write.
+        load_tile(&tile_stats[slot], &stats_map, &loaded[slot], 0, first_stats + tile);
     };
     // The t-th streamed tile: those before the own, then those after.
     auto stream = [&](int t) { return t < tile_j ? t : t + 1; };
@@ -113,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
         visit_it(slot);
         if (!Config::kOverlap) tile.finish();
         int done = t - Config::kOverlap;
+        __syncwarp();  // every lane has read the statistics
         if (threadIdx.x % 32 == 0 && done >= 0) barrier_arrive(&released[1 + done % kSlots]);
     };
     auto visit_streamed = [&](auto part, int from, int to) {
@@ -180,13 +182,16 @@ void attention_backward(const AttentionBackward& args, cudaStream_t stream) {
             return head_map(data, args.dtype, args.batch, args.n, args.heads, args.head_dim,
                             stride_batch, stride_row, box_rows);
         };
+        constexpr int kWords = sizeof(RowStatistics) / sizeof(float);
         auto kernel = attention_backward_kernel<T, kHeadDim>;
         allow_shared_memory(kernel, Config::kSharedBytes);
-        launch_early(kernel, blocks, kThreads, Config::kSharedBytes, stream,
-                     map(args.grad_o, args.grad_o_stride_batch, args.grad_o_stride_row, kTile),
-                     map(args.w, args.w_stride_batch, args.w_stride_row, kTile),
-                     map(args.grad_w, args.n * width, width, 16), stats, args.n, args.heads,
-                     args.scale, args.causal);
+        launch_early(
+            kernel, blocks, kThreads, Config::kSharedBytes, stream,
+            map(args.grad_o, args.grad_o_stride_batch, args.grad_o_stride_row, kTile),
+            map(args.w, args.w_stride_batch, args.w_stride_row, kTile),
+            map(args.grad_w, args.n * width, width, 16),
+            make_tensor_map<2>(stats, Dtype::kFloat32, {kWords, blocks}, {kWords}, {kWords, 1}),
+            args.n, args.heads, args.scale, args.causal);
     });
 }
 
