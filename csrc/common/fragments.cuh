@@ -14,6 +14,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t addres
                  : "memory");
 }
 
+// The reverse: four matrices to those addresses.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
 // From global memory that nothing writes meanwhile; starts here, not where the word is needed.
 __device__ __forceinline__ uint32_t load_word_now(const uint32_t* from) {
     uint32_t word;
