@@ -20,10 +20,83 @@ constexpr int kThreads = kGroups * 128;
 template <typename T, int kHeadDim>
 struct LongForward {
     static constexpr int kTileElements = kChunks<kHeadDim> * kTile * kChunkColumns;
-    static constexpr int kSlots = kHeadDim <= 64 ? 6 : 4;
-    static constexpr int kAhead = kSlots - 2;  // loads issued ahead: no group waits for the other
+    static constexpr int kSlots = kHeadDim == 80 ? 4 : 8;
+    // Loads issued ahead: a slot is free a visit later than its own, and no group waits for the
+    // other at once.
+    static constexpr int kAhead = kSlots - 3;
     static constexpr int kSharedBytes =
         (kGroups + kSlots) * kTileElements * sizeof(T) + kSwizzleAtomBytes;
+};
+
+// Visits that overlap: the product of p with w is left to the next visit, and runs while the
+// exponentials of that one are taken.
+template <typename T, int kHeadDim>
+struct OverlappingTile : ForwardTile<T, kHeadDim> {
+    using Base = ForwardTile<T, kHeadDim>;
+    uint32_t p[kTile / 4];
+
+    __device__ __forceinline__ OverlappingTile(const T* w_j, float scale)
+        : Base(w_j, kTile, scale) {
+        this->sum_0 = this->sum_1 = 0;
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) this->o[i] = 0;
+        pin_registers(this->o);  // zero before a product starts
+    }
+
+    // Rows from first_i on; w_before are those visited before. The first tile to visit is the tile
+    // itself.
+    template <bool kFirst>
+    __device__ __forceinline__ void visit(const T* w_i, const T* w_before, int first_i, int n,
+                                          bool causal) {
+        float s[kTile / 2];
+        wgmma_fence();
+        multiply_rows<T, kHeadDim, kTile>(s, this->queries, RowsOperand(w_i, kTile));
+        wgmma_commit();
+        if constexpr (kFirst) {
+            wgmma_wait<0>();
+        } else {
+            start_product(w_before);
+            wgmma_wait<1>();
+        }
+        pin_registers(s);
+        if constexpr (kFirst) this->take_own_scores(s);
+        float e[kTile / 2];  // p, not rounded: its registers are still in use
+#pragma unroll
+        for (int r = 0; r < kTile / 2; ++r) e[r] = s[r];
+        this->template mask<kTile>(e, first_i, n, kFirst && causal);
+        float more_0 = 0, more_1 = 0;  // shorter chains of additions
+#pragma unroll
+        for (int r = 0; r < kTile / 2; r += 4) {
+            this->sum_0 += e[r] = exponential(e[r], this->reference_0);
+            more_0 += e[r + 1] = exponential(e[r + 1], this->reference_0);
+            this->sum_1 += e[r + 2] = exponential(e[r + 2], this->reference_1);
+            more_1 += e[r + 3] = exponential(e[r + 3], this->reference_1);
+        }
+        this->sum_0 += more_0;
+        this->sum_1 += more_1;
+        if constexpr (!kFirst) await_product();
+#pragma unroll
+        for (int r = 0; r < kTile / 2; r += 2) p[r / 2] = pack<T>(e[r], e[r + 1]);
+    }
+    __device__ __forceinline__ float exponential(float s, float reference) {
+        return exp2_approx(s * this->scale_log2 - reference);
+    }
+    // After the last visit.
+    __device__ __forceinline__ void finish(const T* w_i) {
+        wgmma_fence();
+        start_product(w_i);
+        await_product();
+    }
+
+    __device__ __forceinline__ void start_product(const T* w_i) {
+        add_product<T, kHeadDim, kTile>(
+            this->o, p, low_word_transposed(w_i, kTile * kChunkColumns * sizeof(T)));
+    }
+    __device__ __forceinline__ void await_product() {
+        wgmma_wait<0>();
+        pin_registers(this->o);
+        pin_registers(p);  // not to be written while the product reads them
+    }
 };
 
 template <typename T, int kHeadDim>
@@ -81,24 +154,29 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
     }
     barrier_wait(&own_loaded, 0);
 
-    ForwardTile<T, kHeadDim> tile(w_j, kTile, scale);
-    tile.template visit<true>(w_j, kTile, tile_j * kTile, n, causal, true);
-    for (int g = 0; g < groups; ++g) {
-        int i = first_tile + g;
-        if (i == tile_j || (causal && i > tile_j)) continue;
-        tile.template visit<false>(own + g * Config::kTileElements, kTile, i * kTile, n, false,
-                                   true);
+    OverlappingTile<T, kHeadDim> tile(w_j, scale);
+    tile.template visit<true>(w_j, w_j, tile_j * kTile, n, causal);
+    const T* before = w_j;
+    if (groups == 2 && (!causal || group == 1)) {
+        const T* w_i = own + (1 - group) * Config::kTileElements;
+        tile.template visit<false>(w_i, before, (first_tile + 1 - group) * kTile, n, false);
+        before = w_i;
     }
-    // The other group's tile is its own again.
-    if (groups == 2) arrive_among(1 + (1 - group), kThreads);
     for (int t = 0; t < streamed; ++t) {
         int slot = t % kSlots;
         if (threadIdx.x == 0 && t + Config::kAhead < streamed) load(t + Config::kAhead);
         barrier_wait(&loaded[slot], t / kSlots % 2);
-        tile.template visit<false>(ring + slot * Config::kTileElements, kTile, stream(t) * kTile, n,
-                                   false, true);
-        if (threadIdx.x % 32 == 0) barrier_arrive(&released[slot]);
+        const T* w_i = ring + slot * Config::kTileElements;
+        tile.template visit<false>(w_i, before, stream(t) * kTile, n, false);
+        before = w_i;
+        if (t == 0) {
+            if (groups == 2) arrive_among(1 + (1 - group), kThreads);
+        } else if (threadIdx.x % 32 == 0) {
+            barrier_arrive(&released[(t - 1) % kSlots]);
+        }
     }
+    tile.finish(before);
+    if (groups == 2 && streamed == 0) arrive_among(1 + (1 - group), kThreads);
     let_next_kernel_start();
     // Where the own scores would not do, attention_forward_again finds a NaN.
     if (!__all_sync(0xFFFFFFFF, tile.complete(tile_j * kTile, n))) {
