@@ -36,8 +36,10 @@ class MAEEncoderBlock(nn.Module):
         self, x: Tensor, return_attention: bool = False, return_key: bool = False
     ) -> Tensor:
         """x (B, N, dim) -> the same, or what MSSA returns for these flags."""
-        steps: Any = self.layers[0]
-        attn, ff = steps
-        if return_attention or return_key:
-            return attn(x, return_attention=return_attention, return_key=return_key)
-        return ff(attn(x) + x)
+        layer: Any
+        for layer in self.layers:
+            attn, ff = layer
+            if return_attention or return_key:
+                return attn(x, return_attention=return_attention, return_key=return_key)
+            x = ff(attn(x) + x)
+        return x

@@ -39,16 +39,6 @@ __device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int c0, in
         : "memory");
 }
 
-// Bytes that lie together; their number and both addresses are multiples of 16.
-__device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes,
-                                           Barrier* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
-}
-
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, const void* from, int c0,
                                            int c1) {
     asm volatile(
@@ -76,6 +66,11 @@ __device__ __forceinline__ void commit_stores() {
 template <int kPending>
 __device__ __forceinline__ void wait_stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Until all stores of this thread are in global memory: before it stores there once more.
+__device__ __forceinline__ void wait_stores_written() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 }  // namespace crate_kernels

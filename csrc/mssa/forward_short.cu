@@ -25,7 +25,6 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     // shared memory
     extern __shared__ char shared[];
     __shared__ Barrier w_loaded;
-    __shared__ float exchange[kThreads];
     int whole = rows / kTile * kTile;
     T* w = reinterpret_cast<T*>(swizzle_aligned(shared));
     T* staging = w + kChunks<kHeadDim> * rows * kChunkColumns;
@@ -52,35 +51,35 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
             const T* w_j = w + first * kChunkColumns;
             ForwardTile<T, kHeadDim> tile(w_j, rows, scale);
             bool any_row = first + threadIdx.x / 32 * 16 < n;  // of this warp
-            if (searched) {
-                float largest = -kInfinity;
+            if (!kOneTile && searched) {
+                tile.begin_search();
                 for (int i = 0; i < n; i += kTile) {
-                    largest =
-                        fmaxf(largest, largest_score<T, kHeadDim>(w_j, w + i * kChunkColumns, rows,
-                                                                  min(kTile, n - i), false));
+                    tile.search(w + i * kChunkColumns, rows, i, n, false);
                 }
-                tile.take_largest(largest, exchange, 0);
+                tile.end_search();
             }
-            if (kOneTile || first < whole) {
-                tile.template visit<true>(w_j, rows, first, n, false, searched, any_row);
+            if (kOneTile) {
+                tile.template visit<true, kTile, true>(w_j, rows, first, n, false, any_row);
+            } else if (first < whole) {
+                tile.template visit<true>(w_j, rows, first, n, false, any_row);
             } else {
-                tile.template visit<true, 16>(w_j, rows, first, n, false, searched, any_row);
+                tile.template visit<true, 16>(w_j, rows, first, n, false, any_row);
             }
             if (!kOneTile) {
                 for (int i = 0; i < whole; i += kTile) {
                     if (i == first) continue;
-                    tile.template visit<false>(w + i * kChunkColumns, rows, i, n, false, searched,
-                                               any_row);
+                    tile.template visit<false>(w + i * kChunkColumns, rows, i, n, false, any_row);
                 }
                 if (whole < rows && first < whole) {
                     tile.template visit<false, 16>(w + whole * kChunkColumns, rows, whole, n, false,
-                                                   searched, any_row);
+                                                   any_row);
                 }
             }
-            trusted &= tile.complete() || !any_row;
+            trusted &= tile.complete(first, n);
             tile.store(staging, &o_map, lse, head, batch, first, n);
         }
-        if (searched || !__syncthreads_or(!trusted)) break;
+        if (kOneTile || searched || !__syncthreads_or(!trusted)) break;
+        if (threadIdx.x % 32 == 0) wait_stores_written();  // they go to the same place
     }
     if (threadIdx.x % 32 == 0) wait_stores_read<0>();
 }

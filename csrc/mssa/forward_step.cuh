@@ -3,45 +3,26 @@
 // Softmax needs no running maximum here. With one tensor as query and key a token's own score
 // s_jj = |w_j|^2 is on the diagonal, p_ji = exp(scale (s_ji - s_jj)), and p_jj = 1 keeps the sum
 // off zero. Scores beyond the own one make p grow, in the worst case beyond its dtype: the sum
-// shows it, and the tile is done again with the row's largest score in place of the own.
-// docs/mssa.md
+// shows it, and the tile is done again with the row's largest score, found by a pass before, in
+// place of the own. docs/mssa.md
 #pragma once
 
 #include "heads.cuh"
 
 namespace crate_kernels {
 
-// The largest score, unscaled, of row thread % 64 of tile j with half of the `columns` rows of tile
-// i (the other half is thread + 64's). Not for speed: it is for inputs that are hardly met.
-template <typename T, int kHeadDim>
-__device__ __noinline__ float largest_score(const T* w_j, const T* w_i, int rows_of_chunk,
-                                            int columns, bool causal) {
-    int row = threadIdx.x % 64;
-    float largest = -kInfinity;
-    for (int i = threadIdx.x / 64 % 2; i < columns && !(causal && i > row); i += 2) {
-        float sum = 0;
-        for (int c = 0; c < kHeadDim / 8; ++c) {  // 16 bytes, where the swizzle has them
-            int chunk = c / 8 * rows_of_chunk * kChunkColumns;
-            const T* a = w_j + chunk + row * kChunkColumns + (c % 8 ^ row % 8) * 8;
-            const T* b = w_i + chunk + i * kChunkColumns + (c % 8 ^ i % 8) * 8;
-            for (int e = 0; e < 8; ++e) sum += float(a[e]) * float(b[e]);
-        }
-        largest = fmaxf(largest, sum);
-    }
-    return largest;
-}
-
 template <typename T, int kHeadDim>
 struct ForwardTile {
-    // A p that T cannot hold makes a sum beyond this.
-    static constexpr float kLargestSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p100f;
+    // Up to here no p is too large for T, and no o for float32.
+    static constexpr float kSafeSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
 
     float o[kHeadDim / 2];
-    float reference_0, reference_1;  // the row's own score, or maximum, times scale log2(e)
+    float reference_0, reference_1;  // the row's own score times scale log2(e); searched: largest
     float sum_0, sum_1;
     RowsOperand queries;
     Lane lane;
     float scale_log2;
+    bool searched = false;
 
     __device__ __forceinline__ ForwardTile(const T* w_j, int rows_of_chunk, float scale)
         : queries(w_j, rows_of_chunk), scale_log2(scale * kLog2E) {}
@@ -71,10 +52,11 @@ struct ForwardTile {
         }
     }
 
-    // kColumns rows from first_i on. The first tile to visit is the tile itself.
-    template <bool kFirst, int kColumns = kTile>
+    // kColumns rows from first_i on. The first tile to visit is the tile itself; kOnly: and there
+    // is no other.
+    template <bool kFirst, int kColumns = kTile, bool kOnly = false>
     __device__ __forceinline__ void visit(const T* w_i, int rows_of_chunk, int first_i, int n,
-                                          bool causal, bool searched, bool any_row) {
+                                          bool causal, bool any_row) {
         float s[kColumns / 2];
         uint32_t p[kColumns / 4];
         score<kColumns>(s, w_i, rows_of_chunk);
@@ -85,27 +67,20 @@ struct ForwardTile {
 #pragma unroll
             for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
         }
-        float more_0 = 0, more_1 = 0;  // shorter chains of additions
         if (any_row) {
-#pragma unroll
-            for (int j = 0; j < kColumns / 8; ++j) {
-                float p0 = exp2_approx(s[4 * j] * scale_log2 - reference_0);
-                float p1 = exp2_approx(s[4 * j + 1] * scale_log2 - reference_0);
-                float p2 = exp2_approx(s[4 * j + 2] * scale_log2 - reference_1);
-                float p3 = exp2_approx(s[4 * j + 3] * scale_log2 - reference_1);
-                sum_0 += p0;
-                more_0 += p1;
-                sum_1 += p2;
-                more_1 += p3;
-                p[2 * j] = pack<T>(p0, p1);
-                p[2 * j + 1] = pack<T>(p2, p3);
+            exponentials<kColumns>(s, p);
+            float whole_0 = row_sum(sum_0), whole_1 = row_sum(sum_1);
+            if (kOnly && !__all_sync(0xFFFFFFFF, is_safe(whole_0) && is_safe(whole_1))) {
+                begin_search();
+                take_larger(s);
+                end_search();
+                sum_0 = sum_1 = 0;
+                exponentials<kColumns>(s, p);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < kColumns / 4; ++j) p[j] = 0;
         }
-        sum_0 += more_0;
-        sum_1 += more_1;
         uint32_t values = low_word_transposed(w_i, rows_of_chunk * kChunkColumns * sizeof(T));
         wgmma_fence();
         add_product<T, kHeadDim, kColumns>(o, p, values);
@@ -114,21 +89,88 @@ struct ForwardTile {
         pin_registers(p);  // not to be written while the product reads them
     }
 
-    // After the last visit. Whether the sums of this thread's rows can be trusted.
-    __device__ __forceinline__ bool complete() {
-        sum_0 = row_sum(sum_0);
-        sum_1 = row_sum(sum_1);
-        return sum_0 <= kLargestSum && sum_1 <= kLargestSum;  // NaN cannot
+    // p of scores s, rounded, and their sums.
+    template <int kColumns>
+    __device__ __forceinline__ void exponentials(float (&s)[kColumns / 2],
+                                                 uint32_t (&p)[kColumns / 4]) {
+        // Of a searched tile the difference comes first: it is exact where the scores are so large
+        // that their products with the scale are rounded to whole bits.
+        float subtract_0 = searched ? 0 : reference_0, subtract_1 = searched ? 0 : reference_1;
+        if (searched) {
+#pragma unroll
+            for (int r = 0; r < kColumns / 2; ++r) s[r] -= r % 4 < 2 ? reference_0 : reference_1;
+        }
+        float more_0 = 0, more_1 = 0;  // shorter chains of additions
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; ++j) {
+            float p0 = exp2_approx(s[4 * j] * scale_log2 - subtract_0);
+            float p1 = exp2_approx(s[4 * j + 1] * scale_log2 - subtract_0);
+            float p2 = exp2_approx(s[4 * j + 2] * scale_log2 - subtract_1);
+            float p3 = exp2_approx(s[4 * j + 3] * scale_log2 - subtract_1);
+            sum_0 += p0;
+            more_0 += p1;
+            sum_1 += p2;
+            more_1 += p3;
+            p[2 * j] = pack<T>(p0, p1);
+            p[2 * j + 1] = pack<T>(p2, p3);
+        }
+        sum_0 += more_0;
+        sum_1 += more_1;
     }
 
-    // Before the first visit: what largest_score found takes the place of the own scores.
-    // `exchange` is 128 floats of the warpgroup's, and `id` its barrier.
-    __device__ __forceinline__ void take_largest(float largest, float* exchange, int id) {
-        exchange[threadIdx.x % 128] = largest * scale_log2;
-        sync_threads_of(id, 128);
-        reference_0 = fmaxf(exchange[lane.row], exchange[lane.row + 64]);
-        reference_1 = fmaxf(exchange[lane.row + 8], exchange[lane.row + 72]);
-        sync_threads_of(id, 128);
+    // Before the visits of a tile that is done again: every tile is searched for larger scores.
+    __device__ __forceinline__ void begin_search() {
+        searched = true;
+        reference_0 = reference_1 = -kInfinity;
+    }
+    __device__ __forceinline__ void search(const T* w_i, int rows_of_chunk, int first_i, int n,
+                                           bool causal) {
+        float s[kTile / 2];
+        score<kTile>(s, w_i, rows_of_chunk);
+        mask<kTile>(s, first_i, n, causal);
+        take_larger(s);
+    }
+    template <int kRegisters>
+    __device__ __forceinline__ void take_larger(const float (&s)[kRegisters]) {
+#pragma unroll
+        for (int r = 0; r < kRegisters; ++r) {
+            float& largest = r % 4 < 2 ? reference_0 : reference_1;
+            largest = fmaxf(largest, s[r]);
+        }
+    }
+    __device__ __forceinline__ void end_search() {
+        reference_0 = row_max(reference_0);
+        reference_1 = row_max(reference_1);
+    }
+
+    // After the last visit. Whether the sums of this thread's rows, as far as they exist, can be
+    // trusted; those of a searched tile can.
+    __device__ __forceinline__ bool complete(int first, int n) {
+        sum_0 = row_sum(sum_0);
+        sum_1 = row_sum(sum_1);
+        if (searched) {
+            reference_0 *= scale_log2;
+            reference_1 *= scale_log2;
+            return true;
+        }
+        int row = first + lane.row;
+        return (row >= n || is_trusted<0>(sum_0)) && (row + 8 >= n || is_trusted<1>(sum_1));
+    }
+    // p_jj is 1 but for the rounding of the reference: with less in the sum, what is small may have
+    // been lost. NaN is not safe.
+    static __device__ __forceinline__ bool is_safe(float sum) {
+        return sum >= 0.5f && sum <= kSafeSum;
+    }
+    // Of rows lane.row + 8 kHalf.
+    template <int kHalf>
+    __device__ __forceinline__ bool is_trusted(float sum) {
+        if (is_safe(sum)) return true;
+        if (!std::is_same_v<T, __half> || !(sum > kSafeSum && sum < kInfinity)) return false;
+        // Many p, or one too large for float16, which makes o infinite.
+        float zero = 0;
+#pragma unroll
+        for (int r = 2 * kHalf; r < kHeadDim / 2; r += 4) zero += 0 * o[r] + 0 * o[r + 1];
+        return zero == 0;
     }
 
     template <int kRegisters>
