@@ -62,6 +62,6 @@ format: ## put the code into the shape that lint wants
 	$$py -m ruff format $(if $(CSRC),&& $$(dirname $$py)/clang-format -i $(CSRC))
 
 clean: ## remove what the other targets made, .venv included
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .benchmarks build dist demo_output *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .benchmarks build dist demo_output train_output *.egg-info
 	rm -f crate_kernels/_cuda*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The command line: ``python -m crate_kernels demo | bench | env_report``."""
+"""The command line: ``python -m crate_kernels demo | train | timm | bench | env_report``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": "build a CRATE model, swap its layers, check them, train it, compare the speed",
+    "train": "train a model on image folders or text, on one device or many",
+    "timm": "run a script of timm's, such as its train.py, with the CRATE models registered",
     "bench": "time ops, layers and models against their peers",
     "env_report": "print versions, devices, and which backends work",
 }

@@ -41,6 +41,9 @@ def test_import_leaves_the_gpu_and_triton_alone() -> None:
         "matplotlib",
         "tqdm",
         "einops",
+        "torchvision",
+        "timm",
+        "lion_pytorch",
     ):
         assert f"'{name}'" not in modules, f"{name} takes its time, and not everybody has it"
 

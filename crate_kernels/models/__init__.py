@@ -1,15 +1,21 @@
-"""Models in published, unfused form: crate.py, mae.py; checkpoint.py loads what people have."""
+"""Models in published, unfused form: crate.py, mae.py; gpt.py on the causal ops.
+
+checkpoint.py loads what people have; timm_models.py, not imported here, registers with timm.
+"""
 
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
+from .gpt import CRATEGPT, crate_gpt
 from .mae import MAEEncoderBlock
 
 __all__ = [
     "CRATE",
+    "CRATEGPT",
     "MAEEncoderBlock",
     "PreNorm",
     "Transformer",
     "crate_base",
+    "crate_gpt",
     "crate_large",
     "crate_small",
     "crate_tiny",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -29,7 +30,8 @@ def load_checkpoint(
     the parameters there are, converted to their dtype and device.
 
     Args:
-        model: on any device but meta.
+        model: on any device but meta. Unexpected keys that match its ``ignored_keys``, a pattern,
+            are passed over.
         checkpoint: a path for ``torch.load``, a state dict, or a dict with one under "state_dict"
             or "model".
         weights_only: as for ``torch.load``; False runs code from the file.
@@ -48,7 +50,9 @@ def load_checkpoint(
     wanted, twice = _by_plain_key(model.state_dict(), "in the model")
     problems += twice
     problems += _listed("missing", sorted(wanted.keys() - found.keys()))
-    problems += _listed("unexpected", sorted(found.keys() - wanted.keys()))
+    ignored = getattr(model, "ignored_keys", "")
+    unexpected = [k for k in found.keys() - wanted.keys() if not re.fullmatch(ignored, k)]
+    problems += _listed("unexpected", sorted(unexpected))
     state, wrong = {}, []
     for plain in wanted.keys() & found.keys():
         (key, old), (_, new) = wanted[plain], found[plain]

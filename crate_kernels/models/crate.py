@@ -172,6 +172,10 @@ class CRATE(nn.Module):
 
     def forward(self, img: Tensor) -> Tensor:
         """Images (B, channels, H, W) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(img))
+
+    def forward_features(self, img: Tensor) -> Tensor:
+        """Images (B, channels, H, W) -> tokens (B, 1 + patches, dim), the class token first."""
         x = self.to_patch_embedding(img)
         b, n, _ = x.shape
         if n >= self.pos_embedding.shape[1]:
@@ -180,7 +184,10 @@ class CRATE(nn.Module):
             )
         x = torch.cat((self.cls_token.expand(b, -1, -1), x), dim=1)
         x += self.pos_embedding[:, : n + 1]
-        x = self.transformer(self.dropout(x))
+        return self.transformer(self.dropout(x))
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Tokens (B, 1 + patches, dim) -> logits (B, num_classes)."""
         x = x.mean(dim=1) if self.pool == "mean" else x[:, 0]
         return self.mlp_head(self.to_latent(x))
 
