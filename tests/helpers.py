@@ -93,6 +93,58 @@ def off_the_kink(
     return dy.masked_fill(before.abs() < 16 * torch.finfo(x.dtype).eps, 0.0)
 
 
+def published_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    w_qkv: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    eps: float = 1e-5,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+) -> Tensor:
+    """A layer as published: two norms, the steps, one residual; the tokens stay in x's dtype."""
+    d = (x.shape[-1],)
+    h = F.layer_norm(x, d, norm1_weight.to(x.dtype), norm1_bias.to(x.dtype), eps)
+    z = x + published_mssa(h, w_qkv, w_out, b_out, heads=heads, scale=scale, causal=causal)
+    u = F.layer_norm(z, d, norm2_weight.to(x.dtype), norm2_bias.to(x.dtype), eps)
+    return published_ista(u, weight, step_size=step_size, lambd=lambd)
+
+
+def block_inputs(
+    batch: int, n: int, heads: int, head_dim: int, width: int | None = None, *, out: bool = True
+) -> dict[str, Tensor]:
+    """Arguments of crate_block in float64 under its own names, norms a little off their start."""
+    inputs = mssa_inputs(batch, n, heads, head_dim, width)
+    d = inputs["x"].shape[-1]
+    for i in (1, 2):
+        inputs[f"norm{i}_weight"] = 1 + 0.1 * torch.randn(d, dtype=torch.float64)
+        inputs[f"norm{i}_bias"] = 0.1 * torch.randn(d, dtype=torch.float64)
+    inputs["weight"] = ista_inputs(1, d)["weight"]
+    if not out:
+        del inputs["w_out"], inputs["b_out"]
+    return inputs
+
+
+def off_the_blocks_kink(dy: Tensor, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """``dy`` without its entries where rounding may decide whether the block's relu passes them."""
+    exact = {name: t.double() for name, t in inputs.items()}
+    unit = torch.finfo(inputs["w_qkv"].dtype).eps
+    near = [
+        published_block(**exact, **{**options, "lambd": options.get("lambd", 0.1) + d}) > 0
+        for d in (-160 * unit, 160 * unit)  # 16 units of the relu's input, for a step of 0.1
+    ]
+    return dy.masked_fill(near[0] != near[1], 0.0)
+
+
 # ---- running
 
 

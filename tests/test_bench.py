@@ -94,7 +94,8 @@ def test_every_peer_computes_the_reference(
                 got = case.outputs(candidate(name, compile_backend="eager"))
             except peers.Unavailable:
                 unfit = "sdpa" in name and (w.suite == "ista" or name != "sdpa")
-                assert unfit or name == peers.YARDSTICK
+                of_models = name.removesuffix("+compile") in (peers.LOW, peers.NARROW)
+                assert unfit or of_models or name == peers.YARDSTICK
             else:
                 assert_equal_results(got, want, name)
     finally:

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_equal_results, ista_inputs, mssa_inputs, results
+from helpers import assert_equal_results, block_inputs, ista_inputs, mssa_inputs, results
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from crate_kernels import ista, mssa, tied_attention
+from crate_kernels.block.op import PARAMETERS
 from crate_kernels.mssa import torch_kernels
 
 OPS = torch.ops.crate_kernels
@@ -63,6 +64,28 @@ def test_opcheck_ista(x_dtype, c_dtype, form):
     torch.library.opcheck(OPS.ista_apply, (x, xc, ready, 0.01, "reference"))
 
 
+@pytest.mark.parametrize("memory", ["default", "low", "none"])
+@pytest.mark.parametrize("c_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("out", [True, False])
+def test_opcheck_crate_block(memory, c_dtype, out):
+    inputs = {k: t.float() for k, t in block_inputs(2, 5, 2, 4, out=out).items()}
+    given = [inputs.get(name) for name in ("x", *PARAMETERS)]
+    dtype = getattr(torch, c_dtype)
+    rest = (None, dtype, 2, 0.5, False, 1e-5, 0.1, 0.1, memory, "reference", "reference")
+    torch.library.opcheck(OPS.crate_block, (*given, *rest))
+    if memory == "none":
+        return
+    leaves = [None if t is None else t.clone().requires_grad_() for t in given]
+    torch.library.opcheck(OPS.crate_block, (*leaves, *rest))
+    y, xc, *kept, mask = OPS.crate_block(*given, *rest)
+    assert mask.numel() == 0
+    saved = (torch.randn_like(y), given[0] if xc.numel() == 0 else xc, *kept, y, *given[1:])
+    for wants in ([True] * 9, [name in ("x", "w_qkv") for name in ("x", *PARAMETERS)]):
+        wants = [want and t is not None for want, t in zip(wants, given, strict=True)]
+        options = (wants, 2, 0.5, False, 1e-5, 0.1, memory, "reference", "reference")
+        torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
+
+
 def test_every_registered_op_is_checked_above():
     names = {name for name in torch._C._dispatch_get_all_op_names() if "crate_kernels::" in name}
     assert names == {
@@ -73,6 +96,8 @@ def test_every_registered_op_is_checked_above():
             "ista",
             "ista_backward",
             "ista_apply",
+            "crate_block",
+            "crate_block_backward",
         )
     }
 

@@ -2,6 +2,7 @@
 
 Against float64, a candidate's error is at most 2 times (gradients 3 times) the error of the
 published form run eagerly in the same dtype, for the largest and the root mean square error both.
+A model's tokens are in that dtype between its steps as well (peers.py, "eager-narrow").
 """
 
 from __future__ import annotations

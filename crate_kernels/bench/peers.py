@@ -6,6 +6,9 @@ sdpa           its attention through F.scaled_dot_product_attention(w, w, w)
 sdpa-cudnn     the same by that one backend of SDPA
 sdpa-flash
 crate_kernels  ours; of a model: after fuse(model)
+crate_kernels-low  a model after fuse(model, memory="low")
+eager-narrow   no peer but the measure of a model's errors: the published form with its tokens in
+               autocast's dtype between the steps too, where ours has them
 NAME+compile   NAME under torch.compile
 cublas         no peer but a yardstick for ISTA, not checked: bare GEMMs over the tokens, as many as
                ISTA cannot do without (1 forward, 2 backward)
@@ -22,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..library import autocast_dtype
+from ..models.crate import PreNorm, Transformer
 from .workloads import Workload
 
 OURS, YARDSTICK = "crate_kernels", "cublas"
+LOW, NARROW = f"{OURS}-low", "eager-narrow"
 STEP_SIZE, LAMBD = 0.1, 0.1
 
 # The default candidates of each suite, on CUDA and on the CPU.
@@ -33,7 +39,7 @@ CANDIDATES = {
         "core": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
         "mssa": ("eager", "sdpa+compile", OURS),
         "ista": ("eager", "compile", YARDSTICK, OURS),
-        "model": ("eager", "sdpa+compile", OURS, f"{OURS}+compile"),
+        "model": ("eager", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
     },
     "cpu": {
         "core": ("eager", "sdpa", OURS),
@@ -42,7 +48,7 @@ CANDIDATES = {
         "model": ("eager", "sdpa", OURS),
     },
 }
-NAMES = ("eager", "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, YARDSTICK)
+NAMES = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, LOW, YARDSTICK)
 
 
 class Unavailable(Exception):
@@ -78,7 +84,7 @@ def candidate(name: str, backend: str = "auto", compile_backend: str = "inductor
     def build_model(w: Workload, model: nn.Module) -> nn.Module:
         return finish(_model(form, w, model))
 
-    return Candidate(name, build_layer, build_model, ours=form == OURS)
+    return Candidate(name, build_layer, build_model, ours=form in (OURS, LOW))
 
 
 def all_names() -> tuple[str, ...]:
@@ -89,6 +95,8 @@ def all_names() -> tuple[str, ...]:
 
 
 def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
+    if form in (LOW, NARROW):
+        raise Unavailable(f"{form} is a form of whole models")
     if w.suite == "ista":
         return _ista(form, w, backend)
     if form == YARDSTICK:
@@ -174,14 +182,16 @@ def sdpa_attention(w: Tensor, heads: int, causal: bool = False) -> Tensor:
 
 
 def _model(form: str, w: Workload, model: nn.Module) -> nn.Module:
-    if form == OURS:
+    if form in (OURS, LOW):
         from ..nn import fuse
 
-        report = fuse(model)
+        report = fuse(model, memory="low" if form == LOW else "default")
         if not report.replaced:
             raise RuntimeError(f"fuse replaced nothing: {report}")
     elif form == YARDSTICK:
         raise Unavailable("a yardstick for ISTA alone")
+    elif form == NARROW:
+        _keep_narrow(model)
     elif form != "eager":
         attention = _sdpa(form, w)
         for parent in list(model.modules()):
@@ -189,6 +199,20 @@ def _model(form: str, w: Workload, model: nn.Module) -> nn.Module:
                 if all(hasattr(child, key) for key in ("qkv", "attend", "to_out", "heads")):
                     setattr(parent, name, SDPAAttention(child, attention))
     return model
+
+
+def _keep_narrow(model: nn.Module) -> None:
+    """What enters the encoder, and each norm and step of it returns, in autocast's dtype."""
+
+    def narrow(t: Tensor) -> Tensor:
+        return t.to(autocast_dtype(t))
+
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.register_forward_pre_hook(lambda _, args: (narrow(args[0]),))
+        if isinstance(module, PreNorm):
+            for step in (module, module.norm):
+                step.register_forward_hook(lambda _, args, out: narrow(out))
 
 
 class SDPAAttention(nn.Module):

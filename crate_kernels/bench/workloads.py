@@ -127,8 +127,11 @@ H200: Set = {
         Workload("ista", "forward+backward", 128, target=2.3, most=1.2),
     ),
     "model": (
-        model("crate_base", "train", target=1.3),
-        model("crate_base", "forward"),
+        model("crate_base", "train", target=2.0),
+        model("crate_base", "forward", target=1.8),
+        model("crate_tiny", "train", target=1.8),
+        model("crate_small", "train", target=2.0),
+        model("crate_large", "train", target=2.0),
     ),
 }
 

@@ -1,1 +1,1 @@
-"""One CRATE layer as one op: norm, MSSA, residual, norm, ISTA (:func:`crate_kernels.crate_block`)."""
+"""One CRATE layer as one op, :func:`crate_kernels.crate_block`."""

@@ -150,7 +150,7 @@ def _check_block(x: Tensor, parameters: tuple[Tensor | None, ...], heads: int) -
         refuse("crate_block", f"w_out of shape {(d, inner)}, or heads*head_dim = D", "None")
     if optional["w_out"] is None and optional["b_out"] is not None:
         refuse("crate_block", "b_out only together with w_out", "b_out without w_out")
-    wanted = {name: (d,) for name in named if name.startswith("norm")}
+    wanted: dict[str, tuple[int, ...]] = {name: (d,) for name in named if name.startswith("norm")}
     wanted |= {"weight": (d, d), "w_out": (d, inner), "b_out": (d,)}
     for name, shape in wanted.items():
         t = {**named, **optional}[name]
@@ -215,7 +215,7 @@ def _forward(
     del h
     o, lse = _attention_kernels(attention).forward(w, heads, scale, causal)
     p = o if w_out is None else _linear(o, w_out)
-    z, u, stats2 = rows.normalise(xc, p, b_out, norm2_weight, norm2_bias, eps, dtype)
+    z, u, stats2 = rows.normalise(x, p, b_out, norm2_weight, norm2_bias, eps, dtype)
     del p
     empty = xc.new_empty
     if memory == "none":
@@ -278,7 +278,7 @@ def _backward(
     u = u_again if u is None else u
     dweight = ista.weight_gradient(u, g, weight, step_size) if wanted["weight"] else None
     del u, u_again, g
-    if wanted["w_out"]:
+    if w_out is not None and wanted["w_out"]:
         dw_out = _sum_over_tokens(dz, o, w_out.dtype)
     do = dz if w_out is None else dz @ w_out.to(dtype)
     if low:
@@ -306,7 +306,7 @@ def _backward(
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, _, w_qkv, _, _, _, _, weight = rest[:8]
-    _, dtype, heads, *_, memory, attention, dictionary = rest[8:]
+    _, dtype, heads, *_, memory, _, dictionary = rest[8:]
     n_rows, d = x.shape[0] * x.shape[1], x.shape[2]
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -341,10 +341,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, *parameters = inputs[:9]
     y, xc, *kept, mask = output
     ctx.x_dtype, ctx.options = x.dtype, (*inputs[11:16], *inputs[17:])  # all but lambd
-    if mask.numel() == 0 and y.numel() > 0:
-        mask = y
-    ctx.save_for_backward(x if xc.numel() == 0 else xc, *kept, mask, *parameters)
+    positive = mask if inputs[-1] == "cuda" else y
+    # An empty xc stands for x itself.
+    ctx.save_for_backward(x if xc.shape != x.shape else xc, *kept, positive, *parameters)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of the others no zeros are made
 
 
 def _gradient(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +60,7 @@ def crate_block_reference_backward(
     lambd: float = 0.1,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of :func:`crate_block_reference`, of x and then of the parameters in its order."""
-    mssa_options = {"heads": heads, "scale": scale, "causal": causal}
+    mssa_options: Any = {"heads": heads, "scale": scale, "causal": causal}
     h = F.layer_norm(x, x.shape[-1:], norm1_weight, norm1_bias, eps)
     z = x + mssa_reference(h, w_qkv, w_out, b_out, **mssa_options)
     u = F.layer_norm(z, z.shape[-1:], norm2_weight, norm2_bias, eps)

@@ -20,17 +20,17 @@ def normalise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = x (+ p (+ bias)), h = gamma (z - mean) / sigma + beta, and the stats.
 
-    z and h are in ``dtype``, h of the rounded z; z is x itself where nothing changes it.
+    z and h are in ``dtype``, h of the sum before it is rounded; z is x itself where nothing
+    changes it.
     """
-    z = x
-    if p is not None:
-        z = x + (p if bias is None else p + bias)
-    z = z.to(dtype)
-    wide = _wide(z)
+    wide = _wide(x)
+    for added in (p, bias):
+        wide = wide if added is None else wide + added
+    z = x if p is None else wide
     h, mean, rstd = torch.native_layer_norm(
         wide, z.shape[-1:], gamma.to(wide.dtype), beta.to(wide.dtype), eps
     )
-    return z, h.to(dtype), torch.stack((mean.flatten(), rstd.flatten()), dim=1)
+    return z.to(dtype), h.to(dtype), torch.stack((mean.flatten(), rstd.flatten()), dim=1)
 
 
 def normalise_backward(

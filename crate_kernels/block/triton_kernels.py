@@ -60,9 +60,7 @@ def normalise_kernel(
     if ADD_BIAS:
         z += tl.load(BIAS + col, mask=col < D, other=0.0).to(tl.float32)
     if WRITE_Z:
-        rounded = z.to(Z.dtype.element_ty)
-        tl.store(Z + at, rounded, mask=inside)
-        z = rounded.to(tl.float32)
+        tl.store(Z + at, z.to(Z.dtype.element_ty), mask=inside)
     mean = tl.sum(z, 1, keep_dims=True) / D
     away = tl.where(col < D, z - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(away * away, 1, keep_dims=True) / D + eps)
@@ -144,7 +142,7 @@ def sum_partials_kernel(
     PARTIALS, OUT0, OUT1, OUT2, n_parts,
     D: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OUT0, OUT1, OUT2 (D,): the first SUMS of them, over the parts of PARTIALS (n_parts, SUMS, D)."""
+    """OUT0, OUT1 and, of SUMS = 3, OUT2 (D,): PARTIALS (n_parts, SUMS, D) summed over the parts."""
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1)
     total = tl.zeros((PARTS, BLOCK), tl.float32)
@@ -157,7 +155,7 @@ def sum_partials_kernel(
         tl.store(OUT0 + col, sums.to(OUT0.dtype.element_ty), mask=col < D)
     if which == 1:
         tl.store(OUT1 + col, sums.to(OUT1.dtype.element_ty), mask=col < D)
-    if SUMS > 2:
+    if SUMS > 2:  # noqa: SIM102: decided when it is compiled; without it OUT2 is None
         if which == 2:
             tl.store(OUT2 + col, sums.to(OUT2.dtype.element_ty), mask=col < D)
 

@@ -150,7 +150,7 @@ def _backward(
     wants_x: bool,
     wants_weight: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, Any]:
     kernels, dx, dw = _kernels(backend), None, None
     if gram.numel() == 0:
         run = kernels.backward_weight
@@ -186,6 +186,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     kept = mask if ctx.backend == "cuda" and _through_gram(x) else y
     ctx.save_for_backward(kept, xc, weight, gram)
     ctx.mark_non_differentiable(gram, mask)
+    ctx.set_materialize_grads(False)  # of the others no zeros are made
 
 
 def _gradient(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -217,6 +217,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     w, *ctx.options = inputs
     ctx.save_for_backward(w, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of the others no zeros are made
 
 
 def _gradient(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

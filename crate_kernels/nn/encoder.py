@@ -1,4 +1,4 @@
-"""The encoder of CRATE on :func:`crate_kernels.crate_block`: what ``fuse`` makes of a published one."""
+"""The encoder of CRATE on :func:`crate_kernels.crate_block`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Encoder(nn.Module):
         if return_attention or return_key:
             return self.plain_forward(x, return_attention, return_key)
         unfused_dtype = torch.float32 if x.is_cuda and autocast_is_on("cuda") else x.dtype
-        for attn, ff in self.layers:
+        layers: Any = self.layers
+        for attn, ff in layers:
             reason = unfused_block_reason(attn, ff)
             if reason is None:
                 x = _run(attn, ff, x, self.memory)
@@ -68,7 +69,8 @@ class Encoder(nn.Module):
         self, x: Tensor, return_attention: bool = False, return_key: bool = False
     ) -> Tensor:
         """The published forward: what :meth:`forward` computes, module by module."""
-        for attn, ff in self.layers:
+        layers: Any = self.layers
+        for attn, ff in layers:
             if return_attention:
                 return attn(x, return_attention=True)
             if return_key:

@@ -42,7 +42,9 @@ def reason_against_encoder(module: nn.Module, seen: Verdicts) -> str | None:
             if set(step._modules) != {"norm", "fn"} or step._parameters or step._buffers:
                 reason = holds(step, {"norm", "fn"})
             elif type(step.fn) is not kind:
-                reason = f"expected fn to be a swapped {kind.__name__}, got {type(step.fn).__name__}"
+                reason = (
+                    f"expected fn to be a swapped {kind.__name__}, got {type(step.fn).__name__}"
+                )
             else:
                 reason = _against_module(step, seen, _against_step_forward)
             if reason is not None:

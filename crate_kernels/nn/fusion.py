@@ -7,6 +7,7 @@ holds the module stay as they are. The class it had is kept in its ``_unfused_cl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -16,14 +17,13 @@ from .encoder_recognition import looks_like_encoder, reason_against_encoder
 from .layers import ISTA, MSSA, unfused_reason
 from .recognition import Verdicts, looks_like, reason_against
 
-
 KINDS: tuple[type[nn.Module], ...] = (Encoder, MSSA, ISTA)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a report. ``kind`` is "MSSA", "ISTA" or "Encoder"; ``reason`` says why it was skipped,
-    or what to know about a swapped one ("" if nothing)."""
+    """One layer of a report. ``kind`` is "MSSA", "ISTA" or "Encoder"; ``reason`` says why it was
+    skipped, or what to know about a swapped one ("" if nothing)."""
 
     name: str
     kind: str
@@ -107,7 +107,7 @@ def fuse(model: nn.Module, *, memory: str = "default") -> Report:
                 continue
             module._unfused_class = type(module)  # type: ignore[assignment]
             module.__class__ = Encoder
-            module.memory = memory
+            module.memory = memory  # type: ignore[assignment]
             report.replaced.append(Layer(name, "Encoder", _encoder_note(module)))
     return report
 
@@ -115,7 +115,8 @@ def fuse(model: nn.Module, *, memory: str = "default") -> Report:
 def unfuse(model: nn.Module) -> Report:
     """Give every layer that :func:`fuse` swapped its own class back, in place.
 
-    Those built as :class:`MSSA`, :class:`ISTA` or :class:`Encoder` had no other and are reported as skipped.
+    Those built as :class:`MSSA`, :class:`ISTA` or :class:`Encoder` had no other and are reported
+    as skipped.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -157,7 +158,7 @@ def _note(module: nn.Module) -> str:
     return "" if reason is None else f"{reason}: runs unfused"
 
 
-def _encoder_note(encoder: Encoder) -> str:
+def _encoder_note(encoder: Any) -> str:
     """How many of its layers do not run as one op each, and the first one's reason."""
     reasons = [unfused_block_reason(attn, ff) for attn, ff in encoder.layers]
     unfused = [reason for reason in reasons if reason is not None]

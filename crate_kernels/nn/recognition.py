@@ -85,8 +85,8 @@ def reason_against(module: nn.Module, kind: type[MSSA] | type[ISTA], seen: Verdi
     forward = type(module).__dict__["forward"]
     if forward not in seen:
         names = _ATTENTION_NAMES if kind is MSSA else _FEED_FORWARD_NAMES
-        against = against_code(forward, names, kind is MSSA, frozenset())
-        seen[forward] = against or _against_result(forward, kind)
+        reason = against_code(forward, names, kind is MSSA, frozenset())
+        seen[forward] = reason or _against_result(forward, kind)
     return seen[forward]
 
 

@@ -56,9 +56,10 @@ def test_a_published_size_passes_the_benchmarks_gate(name, dtype, mode):
     w = workloads.model(name, mode, 8, dtype=dtype)
     case = ModelCase.make(w, torch.device("cuda", 0), torch.Generator("cuda").manual_seed(0))
     reference = case.reference()
-    eager, ours = (case.outputs(candidate(which)) for which in ("eager", "crate_kernels"))
-    found = compare(ours, eager, reference)
-    assert found.passed, str(found)
+    plain = case.outputs(candidate("eager-narrow"))
+    for ours in ("crate_kernels", "crate_kernels-low"):
+        found = compare(case.outputs(candidate(ours)), plain, reference)
+        assert found.passed, str(found)
 
 
 def test_auto_takes_triton_for_float32():
@@ -220,14 +221,15 @@ def test_the_device_of_the_tensors_counts():
 
 
 def test_data_parallel_on_all_devices():
-    """Each device's share of the batch, as one device computes it."""
+    """Each device's share of the batch, as one device computes it. (In float16: the threads of
+    DataParallel take autocast's default dtype, whatever the caller's is.)"""
     torch.manual_seed(0)
     model = fused_copy(small_crate())
     devices = torch.cuda.device_count()
     x, labels = images(16)
     shares = list(zip(x.chunk(devices), labels.chunk(devices), strict=True))
-    got = gradients(torch.nn.DataParallel(model), x, labels)
-    each = [gradients(model, *share) for share in shares]
+    got = gradients(torch.nn.DataParallel(model), x, labels, dtype=torch.float16)
+    each = [gradients(model, *share, dtype=torch.float16) for share in shares]
     for a, *parts in zip(got, *each, strict=True):
         want = sum(g * len(share[0]) / len(x) for g, share in zip(parts, shares, strict=True))
         torch.testing.assert_close(a, want)

@@ -1,0 +1,77 @@
+"""The passes over rows in Triton's interpreter, against torch's kernels, and whole layers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import (
+    HALVES,
+    assert_as_close_as_plain,
+    block_inputs,
+    off_the_blocks_kink,
+    published_block,
+    results,
+)
+
+from crate_kernels import crate_block
+from crate_kernels.block import torch_kernels, triton_kernels
+
+SIZES = [(7, 24), (33, 100), (1, 8), (130, 16)]
+
+
+def close(got, want, dtype):
+    """Sums of float32, and one rounding of each output."""
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            unit = torch.finfo(a.dtype).eps
+            assert a.shape == b.shape and a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=2 * unit, atol=32 * unit)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_passes(dtype, programs, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "multiprocessors", lambda t: programs)
+    for rows, d in SIZES:
+        x, p, dh, skip = (torch.randn(rows, d).to(dtype) for _ in range(4))
+        gamma, beta, bias = (torch.randn(d) for _ in range(3))
+        for given in ((x, None, None), (x, p, None), (x, p, bias), (x.float(), None, None)):
+            both = [
+                kernels.normalise(*given, gamma, beta, 1e-5, dtype)
+                for kernels in (triton_kernels, torch_kernels)
+            ]
+            close(*both, dtype)
+        z, _, stats = both[0]
+        for residual, wants_h, wants_sum in itertools.product((None, skip), *[(False, True)] * 2):
+            both = [
+                kernels.normalise_backward(dh, z, stats, gamma, beta, residual, wants_h, wants_sum)
+                for kernels in (triton_kernels, torch_kernels)
+            ]
+            sums = [[None if s is None else s / rows for s in r[2:]] for r in both]
+            close(both[0][:2], both[1][:2], dtype)
+            close(*sums, dtype)
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layer(dtype, memory):
+    for b, n, h, hd, causal in [(2, 9, 2, 16, False), (1, 5, 1, 24, True)]:
+        inputs = {k: t.to(dtype) for k, t in block_inputs(b, n, h, hd).items()}
+        options = {"heads": h, "causal": causal}
+        dy = off_the_blocks_kink(torch.randn_like(inputs["x"]), inputs, **options)
+        got = results(crate_block, inputs, dy, memory=memory, backend="triton", **options)
+        plain = results(published_block, inputs, dy, **options)
+        exact = results(published_block, inputs, dy, torch.float64, **options)
+        assert_as_close_as_plain(got, plain, exact, (b, n, h, hd, causal))
+
+
+def test_nan_stays_in_its_image():
+    inputs = {k: t.float() for k, t in block_inputs(3, 5, 1, 16).items()}
+    inputs["x"][1] = float("nan")
+    got = results(crate_block, inputs, torch.ones(3, 5, 16), heads=1, backend="triton")
+    for name in ("y", "dx"):
+        assert got[name][[0, 2]].isfinite().all(), name
+    assert got["y"][1].isnan().all() and got["dweight"].isnan().all()
