@@ -129,9 +129,9 @@ H200: Set = {
     "model": (
         model("crate_base", "train", target=2.0),
         model("crate_base", "forward", target=1.8),
-        model("crate_tiny", "train", target=1.8),
-        model("crate_small", "train", target=2.0),
         model("crate_large", "train", target=2.0),
+        model("crate_small", "train", target=2.0),
+        model("crate_tiny", "train", target=1.8),
     ),
 }
 

@@ -155,7 +155,8 @@ def sum_partials_kernel(
         tl.store(OUT0 + col, sums.to(OUT0.dtype.element_ty), mask=col < D)
     if which == 1:
         tl.store(OUT1 + col, sums.to(OUT1.dtype.element_ty), mask=col < D)
-    if SUMS > 2:  # noqa: SIM102: decided when it is compiled; without it OUT2 is None
+    # Apart, since SUMS decides while compiling: OUT2 may be None.
+    if SUMS > 2:  # noqa: SIM102
         if which == 2:
             tl.store(OUT2 + col, sums.to(OUT2.dtype.element_ty), mask=col < D)
 
