@@ -1,0 +1,285 @@
+"""Encoder: what fuse makes of a published encoder, when it runs layers as one op, what stays."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crate_kernels import models
+from crate_kernels.models.crate import PreNorm, Transformer
+from crate_kernels.nn import ISTA, MSSA, Encoder, fuse, unfuse
+
+DIM, HEADS, DIM_HEAD, DEPTH = 12, 3, 4, 3
+
+
+def transformer(**kwargs):
+    torch.manual_seed(0)
+    return Transformer(DIM, DEPTH, HEADS, DIM_HEAD, **kwargs).double()
+
+
+def tokens(dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(2, 5, DIM, dtype=dtype)
+
+
+def with_gradients(model, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+class Calls(TorchDispatchMode):
+    """How often each op of this package is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "crate_kernels":
+            self.count[op._opname] = self.count.get(op._opname, 0) + 1
+        return op(*args, **(kwargs or {}))
+
+
+def calls(model, x):
+    with Calls() as seen:
+        y = model(x)
+    return y, seen.count
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_a_layer_is_one_op_and_nothing_else_changes(memory):
+    plain = transformer()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused, memory=memory)
+    assert str(report) == f"replaced 1 Encoder, {DEPTH} MSSA, {DEPTH} ISTA; skipped 0"
+    assert type(fused) is Encoder and fused.memory == memory
+    want, got = with_gradients(plain, tokens()), with_gradients(fused, tokens())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert calls(fused, tokens())[1] == {"crate_block": DEPTH}
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    assert fused.depth == DEPTH  # what the published module holds besides
+
+
+def test_memory_may_be_changed_and_is_checked():
+    model = transformer()
+    fuse(model)
+    assert model.memory == "default"
+    assert not fuse(model, memory="low")
+    assert model.memory == "low"
+    for call in (lambda: fuse(model, memory="none"), lambda: Encoder([], memory="little")):
+        with pytest.raises(ValueError, match=r"expected memory to be one of \('default', 'low'\)"):
+            call()
+
+
+def test_unfuse_copy_and_pickle():
+    model = transformer()
+    want = model(tokens())
+    fuse(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is Encoder
+        torch.testing.assert_close(other(tokens()), want)
+    before = set(vars(transformer()))
+    assert str(unfuse(model)) == f"restored 1 Encoder, {DEPTH} MSSA, {DEPTH} ISTA; skipped 0"
+    assert type(model) is Transformer and set(vars(model)) == before
+    torch.testing.assert_close(model(tokens()), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_dtype_of_the_unfused_model(dtype):
+    plain = transformer().float()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = plain(tokens(dtype)), fused(tokens(dtype))
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.1)  # bfloat16 through three layers
+
+
+HOOKED = ["layers.1.0", "layers.1.0.norm", "layers.1.1.fn", "layers.1.0.fn.qkv", "layers.1.0.fn"]
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_hooked_layer_runs_module_by_module(name):
+    model = transformer()
+    want = model(tokens())
+    fuse(model)
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda *args: seen.append(args[2]))
+    y, count = calls(model, tokens())
+    assert len(seen) == 1 and count["crate_block"] == DEPTH - 1
+    torch.testing.assert_close(y, want)
+    handle.remove()
+    assert calls(model, tokens())[1] == {"crate_block": DEPTH}
+
+
+def test_dropout_runs_module_by_module_while_training():
+    model = transformer(dropout=0.5)
+    report = fuse(model)
+    (encoder,) = [layer for layer in report.replaced if layer.kind == "Encoder"]
+    assert encoder.reason.endswith(f"{DEPTH} of {DEPTH} layers run MSSA and ISTA apart")
+    assert "crate_block" not in calls(model, tokens())[1]
+    assert calls(model.eval(), tokens())[1] == {"crate_block": DEPTH}
+
+
+def change_eps(model):
+    model.layers[0][1].norm.eps = 1e-3
+
+
+def drop_norms_bias(model):
+    model.layers[0][0].norm = nn.LayerNorm(DIM, bias=False).double()
+
+
+def replace_norm(model):
+    model.layers[0][0].norm = nn.Identity()
+
+
+def replace_forward(model):
+    step = model.layers[0][1]
+    step.forward = lambda x: 2 * step.fn(step.norm(x))
+
+
+@pytest.mark.parametrize("change", [change_eps, drop_norms_bias, replace_norm, replace_forward])
+def test_what_the_op_would_pass_over_runs_module_by_module(change):
+    model = transformer()
+    fuse(model)
+    plain = copy.deepcopy(model)
+    for m in (model, plain):
+        change(m)
+    want = plain.plain_forward(tokens())
+    y, count = calls(model, tokens())
+    assert count["crate_block"] == DEPTH - 1
+    torch.testing.assert_close(y, want)
+
+
+def test_flags_go_to_the_attention():
+    block = models.MAEEncoderBlock(DIM, HEADS, DIM_HEAD).double()
+    want = [block(tokens(), **k) for k in ({}, {"return_attention": True}, {"return_key": True})]
+    fuse(block)
+    assert type(block) is Encoder
+    got = [block(tokens(), **k) for k in ({}, {"return_attention": True}, {"return_key": True})]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_built_directly():
+    def pair():
+        return PreNorm(DIM, MSSA(DIM, HEADS, DIM_HEAD)), PreNorm(DIM, ISTA(DIM))
+
+    encoder = Encoder([pair(), pair()], memory="low").double()
+    want = encoder.plain_forward(tokens())
+    y, count = calls(encoder, tokens())
+    assert count == {"crate_block": 2}
+    torch.testing.assert_close(y, want)
+    assert unfuse(encoder).skipped[0].reason == "built as Encoder, not swapped in by fuse"
+
+
+# ---- lookalikes
+
+
+def like_transformer(forward):
+    def init(self, layers):
+        nn.Module.__init__(self)
+        self.layers = layers
+
+    names = {"__init__": init, "forward": forward, "__module__": __name__}
+    return type("Lookalike", (nn.Module,), names)(transformer().layers)
+
+
+def twice(self, x):
+    for attn, ff in self.layers:
+        x = ff(attn(x) + x + x)
+    return x
+
+
+def swapped(self, x):
+    for attn, ff in self.layers:
+        x = attn(ff(x) + x)
+    return x
+
+
+def residual(self, x):
+    for attn, ff in self.layers:
+        x = attn(x) + x
+        x = ff(x) + x
+    return x
+
+
+def counting(self, x):
+    for attn, ff in self.layers:
+        x = ff(attn(x) + x)
+        self.calls = 1
+    return x
+
+
+def as_published(self, x):
+    depth = 0  # noqa: F841
+    for attn, ff in self.layers:
+        grad_x = attn(x) + x
+
+        x = ff(grad_x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (twice, "its forward computes something else than the published one"),
+        (swapped, "its forward computes something else than the published one"),
+        (residual, "its forward computes something else than the published one"),
+        (counting, "its forward uses calls"),
+    ],
+)
+def test_what_only_looks_like_an_encoder_stays(forward, says):
+    model = like_transformer(forward)
+    want = model(tokens())
+    report = fuse(model)
+    assert [(layer.kind, layer.reason) for layer in report.skipped] == [("Encoder", says)]
+    assert len(report.replaced) == 2 * DEPTH and type(model).__name__ == "Lookalike"
+    torch.testing.assert_close(model(tokens()), want)
+
+
+def test_the_published_words_are_recognised():
+    model = like_transformer(as_published)
+    want = model(tokens())
+    assert not fuse(model).skipped
+    assert type(model) is Encoder
+    torch.testing.assert_close(model(tokens()), want)
+
+
+class Scaled(nn.Module):
+    """A step that looks like PreNorm."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.norm, self.fn = step.norm, step.fn
+
+    def forward(self, x, **kwargs):
+        return self.fn(self.norm(x) * 2, **kwargs)
+
+
+class Subclass(Transformer):
+    pass
+
+
+def test_other_steps_and_subclasses_stay():
+    model = transformer()
+    model.layers[2][0] = Scaled(model.layers[2][0])
+    (skipped,) = fuse(model).skipped
+    assert skipped.reason == (
+        "layers.2.0: its forward computes something else than the published one"
+    )
+    model = transformer()
+    model.layers[1][1].fn.forward = model.layers[1][1].fn.forward
+    reasons = {layer.kind: layer.reason for layer in fuse(model).skipped}
+    assert reasons["Encoder"] == "layers.1.1: expected fn to be a swapped ISTA, got FeedForward"
+    (skipped,) = fuse(Subclass(DIM, DEPTH, HEADS, DIM_HEAD)).skipped
+    assert skipped.reason == "Subclass is a subclass of Transformer"
