@@ -174,6 +174,17 @@ def test_empty_batch():
     assert torch.equal(got["dw_qkv"], torch.zeros(8, 8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_gradcheck(memory):
+    inputs = [t.requires_grad_() for t in block_inputs(1, 3, 1, 4).values()]
+    names = list(block_inputs(1, 3, 1, 4))
+
+    def run(*tensors):
+        return crate_block(**dict(zip(names, tensors, strict=True)), heads=1, memory=memory)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
 def test_double_backward_is_refused():
     x = {k: t.requires_grad_() for k, t in block_inputs(1, 3, 1, 4).items()}
     y = crate_block(**x, heads=1)

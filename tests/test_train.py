@@ -442,6 +442,7 @@ BAD = {
     "patches": (["--patch-size", "5"], "image_size to be a multiple of patch_size (5, 5)"),
     "heads": (["--model", "crate_gpt", "--data", __file__, "--context", "8", "--heads", "5"], "5"),
     "unfused": (["--model", "crate_gpt", "--no-fuse"], "which is built on the ops"),
+    "memory": (["--memory", "low", "--no-fuse"], "a fused image model for --memory, got low"),
     "mixup": (["--model", "crate_gpt", "--mixup", "0.1"], "no --mixup with crate_gpt, got 0.1"),
     "context": (["--context", "8"], "no --context with crate_tiny, got 8"),
     "rate": (["--lr", "0"], "--lr above 0, got 0"),

@@ -348,7 +348,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)  # of the others no zeros are made
 
 
-def _gradient(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 20
     wants = list(ctx.needs_input_grad[:9])
     found = torch.ops.crate_kernels.crate_block_backward(
         dy, *ctx.saved_tensors, wants, *ctx.options

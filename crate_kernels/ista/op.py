@@ -189,7 +189,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)  # of the others no zeros are made
 
 
-def _gradient(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
     wants_x, _, wants_weight, *_ = ctx.needs_input_grad
     dx, dw = torch.ops.crate_kernels.ista_backward(
         dy, *ctx.saved_tensors, ctx.step_size, ctx.x_dtype, wants_x, wants_weight, ctx.backend

@@ -220,7 +220,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)  # of the others no zeros are made
 
 
-def _gradient(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 5
     dw = torch.ops.crate_kernels.tied_attention_backward(do, *ctx.saved_tensors, *ctx.options)
     return dw, None, None, None, None
 

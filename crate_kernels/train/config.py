@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ..block.op import MEMORY
 from ..checks import refuse
 
 MODELS = ("crate_tiny", "crate_small", "crate_base", "crate_large", "crate_gpt")
@@ -63,6 +64,11 @@ class Config:
     depth: int | None = _option(None, "blocks, in place of the model's own", type=int)
     heads: int | None = _option(None, "heads, in place of the model's own", type=int)
     fuse: bool = _switch(True, "swap the published layers for this library's")
+    memory: str = _option(
+        "default",
+        "low keeps less for the backward pass, for two GEMMs more a layer",
+        choices=MEMORY,
+    )
     compile: bool = _switch(False, "torch.compile the model")
     dtype: str = _option(
         "float32", "of autocast; float16 with a GradScaler",
@@ -131,6 +137,8 @@ class Config:
                 "crate_gpt, which is built on the ops (CRATE_KERNELS_BACKEND=reference runs "
                 "them in plain PyTorch)",
             )
+        if self.memory != "default" and (self.kind == "text" or not self.fuse):
+            refuse("train", "a fused image model for --memory", self.memory)
         values = {**dataclasses.asdict(self), **chosen}
         for name, value in values.items():
             if value is None:

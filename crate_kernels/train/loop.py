@@ -72,7 +72,8 @@ class Run:
         self.steps = config.steps or (config.epochs or 1) * per_epoch
         torch.manual_seed(config.seed)
         self.net = build(config, sets, "cpu").to(world.device)
-        self.report = fuse(self.net) if config.fuse and config.kind != "text" else None
+        fused = config.fuse and config.kind != "text"
+        self.report = fuse(self.net, memory=config.memory) if fused else None
         self.ema: Any = None
         if config.ema:
             self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
