@@ -15,6 +15,7 @@ from helpers import (
     published_block,
     results,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -137,6 +138,39 @@ def test_strides_of_any_kind():
     assert_equal_results({k: t.contiguous() for k, t in got.items()}, want, "strided")
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_gradients_are_as_compiled_code_expects_them(memory):
+    """Contiguous, in each parameter's own dtype, whatever the others' and its strides are."""
+    inputs = {k: t.float() for k, t in block_inputs(2, 9, 2, 8).items()}
+    for k in ("b_out", "norm1_weight", "norm2_bias", "w_qkv"):
+        inputs[k] = inputs[k].bfloat16()
+    for k in ("w_qkv", "w_out", "weight"):
+        inputs[k] = inputs[k].t().contiguous().t()
+    leaves = [inputs[name] for name in ("x", *PARAMETERS)]
+    ops, options = torch.ops.crate_kernels, (2, 8**-0.5, False, 1e-5, 0.1)
+    y, xc, *kept, _ = ops.crate_block(
+        *leaves, None, torch.bfloat16, *options, 0.1, memory, "reference", "reference"
+    )
+    given = (torch.ones_like(y), xc, *kept, y, *leaves[1:], [True] * 9, *options, memory)
+    found = ops.crate_block_backward(*given, "reference", "reference")
+    assert [g.dtype for g in found] == [y.dtype, *(t.dtype for t in leaves[1:])]
+    assert all(g.is_contiguous() for g in found)
+
+
+def test_a_graph_captured_without_gradients_can_be_trained():
+    inputs = block_inputs(2, 5, 2, 4)
+    names = list(inputs)
+
+    def run(*tensors):
+        return crate_block(**dict(zip(names, tensors, strict=True)), heads=2)
+
+    with torch.no_grad():
+        graph = make_fx(run)(*inputs.values())
+    dy = torch.randn_like(inputs["x"])
+    got = results(lambda **given: graph(*given.values()), inputs, dy)
+    assert_equal_results(got, results(published_block, inputs, dy, heads=2), "captured")
+
+
 @pytest.mark.parametrize("selective", [False, True])
 def test_checkpoint(selective):
     inputs = block_inputs(2, 5, 2, 4)
@@ -218,4 +252,7 @@ def test_explain():
     inputs = block_inputs(2, 5, 2, 4)
     found = crate_kernels.explain("crate_block", **inputs, heads=2)
     assert found.chosen == "reference"
-    assert found.reasons["triton"]
+    assert found.reasons["triton"] and "cuda" in found.reasons
+    wide = {k: t.bfloat16() for k, t in block_inputs(1, 3, 2, 50).items()}
+    found = crate_kernels.explain("crate_block", **wide, heads=2)
+    assert any("D = 100" in reason for reason in found.reasons["cuda"])  # ISTA's

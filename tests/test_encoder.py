@@ -75,6 +75,8 @@ def test_memory_may_be_changed_and_is_checked():
     assert model.memory == "default"
     assert not fuse(model, memory="low")
     assert model.memory == "low"
+    assert not fuse(model)
+    assert model.memory == "low"
     for call in (lambda: fuse(model, memory="none"), lambda: Encoder([], memory="little")):
         with pytest.raises(ValueError, match=r"expected memory to be one of \('default', 'low'\)"):
             call()
@@ -87,9 +89,11 @@ def test_unfuse_copy_and_pickle():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is Encoder
         torch.testing.assert_close(other(tokens()), want)
-    before = set(vars(transformer()))
+    before = set(vars(transformer())) | {"memory"}
+    vars(model)["memory"] = 128  # the published module's own, if it has one
+    assert model.memory == "default"
     assert str(unfuse(model)) == f"restored 1 Encoder, {DEPTH} MSSA, {DEPTH} ISTA; skipped 0"
-    assert type(model) is Transformer and set(vars(model)) == before
+    assert type(model) is Transformer and set(vars(model)) == before and model.memory == 128
     torch.testing.assert_close(model(tokens()), want)
 
 
@@ -147,7 +151,19 @@ def replace_forward(model):
     step.forward = lambda x: 2 * step.fn(step.norm(x))
 
 
-@pytest.mark.parametrize("change", [change_eps, drop_norms_bias, replace_norm, replace_forward])
+class Halved(PreNorm):
+    def forward(self, x, **kwargs):
+        return 0.5 * self.fn(self.norm(x), **kwargs)
+
+
+def change_class(model):
+    model.layers[0][0].__class__ = Halved
+
+
+CHANGES = [change_eps, drop_norms_bias, replace_norm, replace_forward, change_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_the_op_would_pass_over_runs_module_by_module(change):
     model = transformer()
     fuse(model)
@@ -158,6 +174,20 @@ def test_what_the_op_would_pass_over_runs_module_by_module(change):
     y, count = calls(model, tokens())
     assert count["crate_block"] == DEPTH - 1
     torch.testing.assert_close(y, want)
+
+
+def test_eps_of_zero_and_norms_of_another_dtype_run_module_by_module():
+    for dtype, eps in ((torch.float64, 0.0), (torch.bfloat16, 1e-5)):
+        model = transformer().to(dtype)
+        for attn, ff in model.layers:
+            attn.norm.eps = ff.norm.eps = eps
+            if dtype == torch.bfloat16:
+                attn.norm.float(), ff.norm.float()
+        fuse(model)
+        want = model.plain_forward(tokens(dtype))
+        y, count = calls(model, tokens(dtype))
+        assert "crate_block" not in count
+        torch.testing.assert_close(y, want)
 
 
 def test_flags_go_to_the_attention():
@@ -180,6 +210,9 @@ def test_built_directly():
     assert count == {"crate_block": 2}
     torch.testing.assert_close(y, want)
     assert unfuse(encoder).skipped[0].reason == "built as Encoder, not swapped in by fuse"
+    halved = Halved(DIM, MSSA(DIM, HEADS, DIM_HEAD))
+    with pytest.raises(ValueError, match="Halved is a subclass of PreNorm"):
+        Encoder([(halved, PreNorm(DIM, ISTA(DIM)))])
 
 
 # ---- lookalikes
@@ -218,6 +251,53 @@ def counting(self, x):
         x = ff(attn(x) + x)
         self.calls = 1
     return x
+
+
+def unrolled(self, x):
+    (a, f), (b, g), (c, h) = self.layers
+    x = f(a(x) + x)
+    x = g(b(x) + x)
+    return h(c(x) + x)
+
+
+def first_three(self, x):
+    n = 0
+    for attn, ff in self.layers:
+        n = n + 1
+        x = ff(attn(x) + x) * (1 + (n - 1) * (n - 2) * (n - 3))
+    return x
+
+
+def exits_early(self, x, return_attention=False, return_key=False):
+    for attn, ff in self.layers:
+        if return_attention:
+            return x
+        x = ff(attn(x) + x)
+        return_attention = return_key + 1
+    return x
+
+
+@pytest.mark.parametrize("forward", [first_three, exits_early])
+def test_deep_lookalikes_stay(forward):
+    layers = nn.ModuleList([*transformer().layers, *transformer().layers])
+    model = like_transformer(forward)
+    model.layers = layers
+    want = model(tokens())
+    assert [layer.kind for layer in fuse(model).skipped] == ["Encoder"]
+    torch.testing.assert_close(model(tokens()), want)
+
+
+def test_an_unrolled_encoder_is_one_for_its_own_depth():
+    model = like_transformer(unrolled)
+    want = model(tokens())
+    fuse(model)
+    torch.testing.assert_close(model(tokens()), want)
+
+
+def test_layers_that_lack_a_step_are_no_encoder():
+    model = transformer()
+    model.layers[0][1] = None
+    assert "Encoder" not in {layer.kind for layer in fuse(model).replaced}
 
 
 def as_published(self, x):

@@ -99,9 +99,10 @@ def crate_block(
     dictionary = backends.choose("ista", backend, x, dtype, None)
     scale = head_dim**-0.5 if scale is None else float(scale)
     gram = None
-    if not torch.is_grad_enabled() or not any(
+    wants_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *parameters)
-    ):
+    )
+    if not wants_gradient and not _outlives_the_call():
         memory = "none"
         if not torch.compiler.is_compiling():
             gram = cached_gram(weight, step_size, dtype, _ista_kernels(dictionary))
@@ -110,6 +111,13 @@ def crate_block(
         x, *parameters, gram, dtype, *numbers, memory, attention, dictionary
     )
     return y
+
+
+def _outlives_the_call() -> bool:
+    """Whether this call is captured in a graph that may be asked for a gradient later."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def explain_crate_block(
@@ -131,7 +139,17 @@ def explain_crate_block(
         norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
     )  # fmt: skip
     _check_block(x, parameters, heads)
-    return backends.explain("crate_block", x, autocast_dtype(x), w_qkv.shape[0] // heads)
+    dtype = autocast_dtype(x)
+    attention = backends.explain("crate_block", x, dtype, w_qkv.shape[0] // heads)
+    dictionary = backends.explain("ista", x, dtype, None)
+    chosen = attention.chosen
+    if dictionary.chosen != chosen:
+        chosen = f"{chosen}, {dictionary.chosen} for ISTA"
+    reasons = {
+        name: tuple(dict.fromkeys((*against, *dictionary.reasons[name])))
+        for name, against in attention.reasons.items()
+    }
+    return backends.Explanation("crate_block", chosen, reasons)
 
 
 def _check_block(x: Tensor, parameters: tuple[Tensor | None, ...], heads: int) -> None:
@@ -295,9 +313,12 @@ def _backward(
     found = (
         dx, dnorm1_weight, dnorm1_bias, dw_qkv, dw_out, db_out, dnorm2_weight, dnorm2_bias, dweight
     )  # fmt: skip
+    leaves = (
+        xc, norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
+    )  # fmt: skip
     return [
-        t if want and t is not None else xc.new_empty(0)
-        for t, want in zip(found, wants, strict=True)
+        t.to(leaf.dtype) if want and t is not None and leaf is not None else xc.new_empty(0)
+        for t, leaf, want in zip(found, leaves, wants, strict=True)
     ]
 
 
@@ -330,7 +351,7 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
     parameters, wants = rest[8:16], rest[16]
-    gradients = [torch.empty_like(t) if t is not None else None for t in (xc, *parameters)]
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (xc, *parameters)]
     return [
         t if want and t is not None else xc.new_empty(0)
         for t, want in zip(gradients, wants, strict=True)

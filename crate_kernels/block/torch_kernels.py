@@ -43,7 +43,10 @@ def normalise_backward(
     wants_h: bool,
     wants_sum: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """dz = the norm's gradient (+ skip), h again, dgamma, dbeta, and the sum of dz over rows."""
+    """dz = the norm's gradient (+ skip), h again, dgamma, dbeta, and the sum of dz over rows.
+
+    The sums are in the dtype of the stats.
+    """
     wide, rows = _wide(z), (*z.shape[:-1], 1)
     mean, rstd = (s.contiguous().view(rows) for s in stats.unbind(1))
     gc, bc = gamma.to(wide.dtype), beta.to(wide.dtype)
@@ -53,8 +56,8 @@ def normalise_backward(
     if skip is not None:
         dz = dz + skip
     h = torch.addcmul(bc, (wide - mean) * rstd, gc).to(z.dtype) if wants_h else None
-    dsum = dz.flatten(0, -2).sum(0).to(gamma.dtype) if wants_sum else None
-    return dz.to(z.dtype), h, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), dsum
+    dsum = dz.flatten(0, -2).sum(0) if wants_sum else None
+    return dz.to(z.dtype), h, dgamma, dbeta, dsum
 
 
 def _wide(t: Tensor) -> Tensor:

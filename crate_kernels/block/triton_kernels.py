@@ -208,7 +208,7 @@ def normalise_backward(
     config, n_sums = backward_config(d), 3 if wants_sum else 2
     programs = min(triton.cdiv(n_rows, config.rows), config.programs * multiprocessors(z))
     partials = torch.empty(programs, n_sums, d, dtype=torch.float32, device=z.device)
-    sums = [torch.empty(d, dtype=gamma.dtype, device=z.device) for _ in range(n_sums)]
+    sums = [torch.empty(d, dtype=torch.float32, device=z.device) for _ in range(n_sums)]
     sums += [None] * (3 - n_sums)
     with on_device_of(z):
         if n_rows > 0:

@@ -11,8 +11,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..block.op import MEMORY, crate_block
 from ..checks import refuse
-from ..library import autocast_is_on
+from ..library import autocast_dtype, autocast_is_on
+from .encoder_recognition import published_forward, reason_against_step
 from .layers import ISTA, MSSA, has_hooks, log_once, unfused_reason
+from .recognition import Verdicts
 
 
 class Encoder(nn.Module):
@@ -20,8 +22,9 @@ class Encoder(nn.Module):
 
     Each layer is one :func:`crate_kernels.crate_block`, or its modules one by one where the op
     would pass over something: whatever :class:`MSSA` names, a hook on the norms, on ``fn`` or on
-    the modules that hold them, norms that are no plain affine LayerNorm or differ in eps. The log
-    names each such reason once.
+    the modules that hold them, norms that are no plain affine LayerNorm or differ in eps, a step of
+    a class that was not there before, parameters of several dtypes without autocast. The log names
+    each such reason once.
 
     Args:
         layers: pairs of modules with children ``norm`` and ``fn``, the first's fn an
@@ -29,23 +32,51 @@ class Encoder(nn.Module):
         memory: "default" or "low", what each layer keeps for the backward pass
             (:func:`crate_kernels.crate_block`).
 
-    Returns, like the published modules: float32 under autocast on a GPU, else the dtype of x.
+    Returns the dtype that the published modules would: under autocast float32 on a GPU, else that
+    of x (float32 for float16 x under bfloat16 and the reverse).
     Between the layers x is in autocast's dtype.
+
+    Raises:
+        ValueError: memory is none of these, or a step is not ``fn(norm(x))``.
 
     Keys: ``layers.{i}.0.*`` (MSSA) and ``layers.{i}.1.*`` (ISTA).
 
     Source: arXiv 2311.13110, section 2.
     """
 
-    memory = "default"
+    _memory = "default"
+    _steps: tuple[type[nn.Module], ...] = ()  # classes known to compute fn(norm(x))
 
     def __init__(
         self, layers: Iterable[tuple[nn.Module, nn.Module]], memory: str = "default"
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in layers)
-        check_memory("Encoder", memory)
         self.memory = memory
+        seen: Verdicts = {}
+        for step in self._all_steps():
+            reason = reason_against_step(step, seen)
+            if reason is not None:
+                refuse("Encoder", "steps that compute fn(norm(x))", f"one where {reason}")
+        self.know_steps()
+
+    @property
+    def memory(self) -> str:
+        """What each layer keeps for the backward pass; may be set."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        check_memory("Encoder", value)
+        self._memory = value
+
+    def know_steps(self) -> None:
+        """The classes of the steps that there are now are known to compute fn(norm(x))."""
+        self._steps = tuple({type(step) for step in self._all_steps()})
+
+    def _all_steps(self) -> list[nn.Module]:
+        layers: Any = self.layers
+        return [step for pair in layers for step in pair]
 
     def forward(
         self, x: Tensor, return_attention: bool = False, return_key: bool = False
@@ -53,30 +84,21 @@ class Encoder(nn.Module):
         """x (B, N, D) -> the same; with a flag, what the first MSSA returns for it."""
         if return_attention or return_key:
             return self.plain_forward(x, return_attention, return_key)
-        unfused_dtype = torch.float32 if x.is_cuda and autocast_is_on("cuda") else x.dtype
+        unfused_dtype = torch.promote_types(x.dtype, autocast_dtype(x))
+        if x.is_cuda and autocast_is_on("cuda"):
+            unfused_dtype = torch.promote_types(x.dtype, torch.float32)
         layers: Any = self.layers
         for attn, ff in layers:
-            reason = unfused_block_reason(attn, ff)
+            reason = unfused_block_reason(attn, ff, self._steps, x)
             if reason is None:
                 x = _run(attn, ff, x, self.memory)
             else:
                 if not torch.compiler.is_compiling():
                     log_once(f"a layer of an Encoder runs unfused: {reason}")
                 x = ff(attn(x) + x)
-        return x if x.dtype == torch.float64 else x.to(unfused_dtype)
+        return x.to(unfused_dtype)
 
-    def plain_forward(
-        self, x: Tensor, return_attention: bool = False, return_key: bool = False
-    ) -> Tensor:
-        """The published forward: what :meth:`forward` computes, module by module."""
-        layers: Any = self.layers
-        for attn, ff in layers:
-            if return_attention:
-                return attn(x, return_attention=True)
-            if return_key:
-                return attn(x, return_key=True)
-            x = ff(attn(x) + x)
-        return x
+    plain_forward = published_forward
 
 
 def check_memory(caller: str, memory: Any) -> None:
@@ -85,35 +107,43 @@ def check_memory(caller: str, memory: Any) -> None:
 
 
 def _run(attn: Any, ff: Any, x: Tensor, memory: str) -> Tensor:
-    mssa, ista = attn.fn, ff.fn
-    out = None if type(mssa.to_out) is nn.Identity else mssa.to_out[0]
     return crate_block(
         x,
-        attn.norm.weight,
-        attn.norm.bias,
-        mssa.qkv.weight,
-        None if out is None else out.weight,
-        None if out is None else out.bias,
-        ff.norm.weight,
-        ff.norm.bias,
-        ista.weight,
-        heads=mssa.heads,
-        scale=mssa.scale,
+        *_parameters(attn, ff),
+        heads=attn.fn.heads,
+        scale=attn.fn.scale,
         eps=attn.norm.eps,
-        step_size=ista.step_size,
-        lambd=ista.lambd,
+        step_size=ff.fn.step_size,
+        lambd=ff.fn.lambd,
         memory=memory,
     )
 
 
-def unfused_block_reason(attn: Any, ff: Any) -> str | None:
-    """Why a layer must run its modules one by one right now; None if it need not."""
+def _parameters(attn: Any, ff: Any) -> tuple[Any, ...]:
+    """Of a layer, in the order of crate_block's arguments."""
+    to_out = attn.fn.to_out
+    w_out, b_out = None, None
+    if type(to_out) is not nn.Identity:
+        w_out, b_out = to_out[0].weight, to_out[0].bias
+    first, second = (attn.norm.weight, attn.norm.bias), (ff.norm.weight, ff.norm.bias)
+    return *first, attn.fn.qkv.weight, w_out, b_out, *second, ff.fn.weight
+
+
+def unfused_block_reason(
+    attn: Any, ff: Any, known: tuple[type[nn.Module], ...], x: Tensor | None = None
+) -> str | None:
+    """Why a layer must run its modules one by one (on x) right now; None if it need not.
+
+    ``known`` are the classes of steps that compute fn(norm(x)).
+    """
     if _has_any_global_hook():
         return "hooks on all modules are registered"
     for side, step, kind in (("attention", attn, MSSA), ("dictionary", ff, ISTA)):
         children: dict[str, Any] = step._modules
-        if set(children) != {"norm", "fn"}:
-            return f"its {side} step holds {sorted(children)}, not norm and fn"
+        if not any(type(step) is cls for cls in known):
+            return f"its {side} step is a {type(step).__name__}, which was not there before"
+        if set(children) != {"norm", "fn"} or step._parameters or step._buffers:
+            return f"its {side} step holds more or less than norm and fn"
         norm, fn = children["norm"], children["fn"]
         if type(fn) is not kind:
             return f"its {side} step is {type(fn).__name__}, not {kind.__name__}"
@@ -123,6 +153,12 @@ def unfused_block_reason(attn: Any, ff: Any) -> str | None:
             return f"its {side} norm has no weight and bias of shape (D,)"
         if any(has_hooks(m) or "forward" in m.__dict__ for m in (step, norm, fn)):
             return f"its {side} step, norm or fn has hooks or a replaced forward"
-    if attn.norm.eps != ff.norm.eps:
-        return f"its norms differ in eps, {attn.norm.eps:g} and {ff.norm.eps:g}"
-    return unfused_reason(attn.fn)
+    if attn.norm.eps != ff.norm.eps or attn.norm.eps <= 0:
+        return f"the eps of its norms are not one > 0: {attn.norm.eps:g} and {ff.norm.eps:g}"
+    reason = unfused_reason(attn.fn)
+    if reason is not None or x is None:
+        return reason
+    dtypes = {t.dtype for t in (x, *_parameters(attn, ff)) if t is not None}
+    if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(x.device.type)):
+        return f"x and its parameters are of {len(dtypes)} dtypes that autocast does not unite"
+    return None

@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoder import Encoder
 from .layers import ISTA, MSSA
 from .recognition import KEYWORDS, LOOP, Verdicts, against_class, against_code, holds, same, waves
+
+
+def published_forward(
+    encoder: Any, x: Tensor, return_attention: bool = False, return_key: bool = False
+) -> Tensor:
+    """The encoder, module by module; with a flag, what the first MSSA returns for it."""
+    for attn, ff in encoder.layers:
+        if return_attention:
+            return attn(x, return_attention=True)
+        if return_key:
+            return attn(x, return_key=True)
+        x = ff(attn(x) + x)
+    return x
 
 
 def looks_like_encoder(module: nn.Module) -> bool:
@@ -21,7 +33,7 @@ def looks_like_encoder(module: nn.Module) -> bool:
     return all(
         isinstance(pair, nn.ModuleList)
         and len(pair) == 2
-        and all({"norm", "fn"} <= set(step._modules) for step in pair)
+        and all(isinstance(s, nn.Module) and {"norm", "fn"} <= set(s._modules) for s in pair)
         for pair in layers
     )
 
@@ -33,43 +45,49 @@ def reason_against_encoder(module: nn.Module, seen: Verdicts) -> str | None:
     """
     if set(module._modules) != {"layers"} or module._parameters or module._buffers:
         return holds(module, {"layers"})
-    reason = _against_module(module, seen, _against_encoder_forward)
+    layers: Any = module._modules["layers"]
+    depth = len(layers)
+    reason = _against_module(module, seen, lambda f: _against_encoder_forward(f, depth), depth)
     if reason is not None:
         return reason
-    layers: Any = module._modules["layers"]
     for i, pair in enumerate(layers):
         for j, (step, kind) in enumerate(zip(pair, (MSSA, ISTA), strict=True)):
-            if set(step._modules) != {"norm", "fn"} or step._parameters or step._buffers:
-                reason = holds(step, {"norm", "fn"})
-            elif type(step.fn) is not kind:
-                reason = (
-                    f"expected fn to be a swapped {kind.__name__}, got {type(step.fn).__name__}"
-                )
-            else:
-                reason = _against_module(step, seen, _against_step_forward)
+            reason = reason_against_step(step, seen)
+            if reason is None and type(step.fn) is not kind:
+                found = type(step.fn).__name__
+                reason = f"expected fn to be a swapped {kind.__name__}, got {found}"
             if reason is not None:
                 return f"layers.{i}.{j}: {reason}"
     return None
 
 
-def _against_module(module: nn.Module, seen: Verdicts, against_forward: Any) -> str | None:
+def reason_against_step(step: nn.Module, seen: Verdicts) -> str | None:
+    """Why ``step`` is not fn(norm(x)); None if it is."""
+    if set(step._modules) != {"norm", "fn"} or step._parameters or step._buffers:
+        return holds(step, {"norm", "fn"})
+    return _against_module(step, seen, _against_step_forward)
+
+
+def _against_module(
+    module: nn.Module, seen: Verdicts, against_forward: Any, depth: int = 0
+) -> str | None:
     reason = against_class(type(module))
     if reason is not None:
         return reason
     if "forward" in vars(module):
         return "the forward of this instance was replaced"
     forward = type(module).__dict__["forward"]
-    if forward not in seen:
-        seen[forward] = against_forward(forward)
-    return seen[forward]
+    if (forward, depth) not in seen:
+        seen[forward, depth] = against_forward(forward)
+    return seen[forward, depth]
 
 
-def _against_encoder_forward(forward: types.FunctionType) -> str | None:
-    """x = ff(attn(x) + x) for each pair of layers; a flag goes to the first attn."""
+def _against_encoder_forward(forward: types.FunctionType, depth: int) -> str | None:
+    """x = ff(attn(x) + x) for each of ``depth`` pairs; a flag goes to the first attn."""
     reason = against_code(forward, {"layers"}, True, LOOP)
     if reason is not None:
         return reason
-    return _against_trials(forward, Encoder.plain_forward, _encoder_stand_in())
+    return _against_trials(forward, published_forward, _encoder_stand_in(depth))
 
 
 def _against_step_forward(forward: types.FunctionType) -> str | None:
@@ -104,14 +122,14 @@ def _against_trials(forward: Any, own: Any, stand_in: types.SimpleNamespace) -> 
     return None
 
 
-def _encoder_stand_in() -> types.SimpleNamespace:
+def _encoder_stand_in(depth: int) -> types.SimpleNamespace:
     def attn(turn: float) -> Any:
         def run(x: Tensor, return_attention: bool = False, return_key: bool = False) -> Tensor:
             return torch.sin(turn * x) + 3.0 * return_attention + 5.0 * return_key
 
         return run
 
-    layers = [[attn(i + 1.3), lambda x, i=i: torch.cos((i + 0.7) * x)] for i in range(3)]
+    layers = [[attn(i + 1.3), lambda x, i=i: torch.cos((i + 0.7) * x)] for i in range(depth)]
     return types.SimpleNamespace(layers=layers)
 
 

@@ -55,7 +55,7 @@ class Report:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, memory: str = "default") -> Report:
+def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     """Run the published MSSA and ISTA layers in ``model`` on this library's ops, from now on.
 
     An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
@@ -71,7 +71,8 @@ def fuse(model: nn.Module, *, memory: str = "default") -> Report:
     Args:
         model: any module.
         memory: "default" or "low": what the layers of an encoder keep for the backward pass
-            (:func:`crate_kernels.crate_block`). Sets it for encoders swapped before, too.
+            (:func:`crate_kernels.crate_block`), those swapped before included. None leaves these
+            as they are, and takes "default" for others.
 
     Returns:
         A printable report with ``replaced`` and ``skipped`` lists of layers, each with ``name``,
@@ -81,7 +82,8 @@ def fuse(model: nn.Module, *, memory: str = "default") -> Report:
         TypeError: model is not a torch.nn.Module.
         ValueError: memory is none of these.
     """
-    check_memory("fuse", memory)
+    if memory is not None:
+        check_memory("fuse", memory)
     report = Report()
     seen: Verdicts = {}
     for name, module in _layers("fuse", model):
@@ -98,7 +100,7 @@ def fuse(model: nn.Module, *, memory: str = "default") -> Report:
         report.replaced.append(Layer(name, kind.__name__, _note(module)))
     for name, module in _layers("fuse", model):
         if isinstance(module, Encoder):
-            module.memory = memory
+            module.memory = memory or module.memory
             report.skipped.append(Layer(name, "Encoder", "fused already"))
         elif looks_like_encoder(module):
             reason = reason_against_encoder(module, seen)
@@ -107,8 +109,10 @@ def fuse(model: nn.Module, *, memory: str = "default") -> Report:
                 continue
             module._unfused_class = type(module)  # type: ignore[assignment]
             module.__class__ = Encoder
-            module.memory = memory  # type: ignore[assignment]
-            report.replaced.append(Layer(name, "Encoder", _encoder_note(module)))
+            encoder: Any = module
+            encoder.memory = memory or "default"
+            encoder.know_steps()
+            report.replaced.append(Layer(name, "Encoder", _encoder_note(encoder)))
     return report
 
 
@@ -132,7 +136,8 @@ def unfuse(model: nn.Module) -> Report:
         elif type(module) is not kinds[0]:
             reason = f"its class became {type(module).__name__} after fuse"
         else:
-            vars(module).pop("memory", None)
+            for of_encoders in ("_memory", "_steps"):
+                vars(module).pop(of_encoders, None)
             module.__class__ = vars(module).pop("_unfused_class")
             report.replaced.append(Layer(name, kind))
             continue
@@ -160,7 +165,7 @@ def _note(module: nn.Module) -> str:
 
 def _encoder_note(encoder: Any) -> str:
     """How many of its layers do not run as one op each, and the first one's reason."""
-    reasons = [unfused_block_reason(attn, ff) for attn, ff in encoder.layers]
+    reasons = [unfused_block_reason(attn, ff, encoder._steps) for attn, ff in encoder.layers]
     unfused = [reason for reason in reasons if reason is not None]
     if not unfused:
         return ""

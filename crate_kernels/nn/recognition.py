@@ -37,6 +37,7 @@ _FEED_FORWARD_NAMES = _MODULE_NAMES | _SHAPE_NAMES | _PRODUCT_NAMES
 _FEED_FORWARD_NAMES |= {"weight", "step_size", "lambd", "linear", "relu"}
 
 _FLAGS = ("return_attention", "return_key")
+_FLAG_SET = frozenset(_FLAGS)
 _OPERATORS = {"+", "-", "*", "/", "@", "[]"}
 # The instructions of straight code that stores in its own frame only: Python 3.10 to 3.14.
 _INSTRUCTIONS = {"LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD"}
@@ -56,7 +57,7 @@ LOOP = frozenset({"GET_ITER", "FOR_ITER", "END_FOR", "POP_ITER", "JUMP_BACKWARD"
 KEYWORDS = frozenset({"BUILD_MAP", "DICT_MERGE", "CALL_FUNCTION_EX"})
 _IGNORED = {"CACHE", "EXTENDED_ARG", "TO_BOOL", "NOP", "NOT_TAKEN"}
 
-Verdicts = dict[Callable[..., Any], "str | None"]
+Verdicts = dict[Any, "str | None"]
 
 
 def looks_like(module: nn.Module) -> type[MSSA] | type[ISTA] | None:
@@ -203,12 +204,19 @@ def _against_instructions(forward: types.FunctionType, known: set[str]) -> str |
         if step.opname.startswith("POP_JUMP"):
             if previous not in _FLAGS:
                 return "its forward branches on something other than its flags"
+        elif step.opname.startswith("STORE_FAST") and not _FLAG_SET.isdisjoint(_names(step)):
+            return "its forward assigns its flags"
         elif step.opname not in known or not _plain_operand(step):
             return f"its forward does more than compute ({step.opname} {step.argrepr})"
         elif step.opname == "LOAD_GLOBAL" and not _known_global(forward, step.argval):
             return f"its forward uses {step.argval}, which is not torch's or einops' own"
         previous = step.argval
     return None
+
+
+def _names(step: dis.Instruction) -> tuple[str, ...]:
+    """The variables of an instruction on one or two of them."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
 
 
 def _plain_operand(step: dis.Instruction) -> bool:
