@@ -363,3 +363,18 @@ def test_other_steps_and_subclasses_stay():
     assert reasons["Encoder"] == "layers.1.1: expected fn to be a swapped ISTA, got FeedForward"
     (skipped,) = fuse(Subclass(DIM, DEPTH, HEADS, DIM_HEAD)).skipped
     assert skipped.reason == "Subclass is a subclass of Transformer"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_compiles_into_one_graph(train):
+    torch.compiler.reset()
+    model = transformer()
+    fuse(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if train:
+        want, got = with_gradients(model, tokens()), with_gradients(compiled, tokens())
+    else:
+        with torch.no_grad():
+            want, got = [model(tokens())], [compiled(tokens())]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
