@@ -79,3 +79,14 @@ def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     if t.is_cuda and t.device.index != torch.cuda.current_device():
         return torch.cuda.device(t.device)
     return contextlib.nullcontext()
+
+
+def sum_over_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a^T b for (..., A) and (..., B): (A, B) in ``dtype``, summed in float32 or better."""
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    if a.dtype == dtype:
+        return a.mT @ b
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a.mT, b, out_dtype=dtype)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide).mT @ b.to(wide)).to(dtype)

@@ -18,7 +18,7 @@ from .. import backends
 from ..checks import check_heads, check_number, check_tensors, refuse
 from ..ista.gram_cache import cached_gram
 from ..ista.op import _kernels as _ista_kernels
-from ..library import autocast_dtype, define, define_gradient
+from ..library import autocast_dtype, define, define_gradient, sum_over_tokens
 from ..mssa.op import _check_options
 from ..mssa.op import _kernels as _attention_kernels
 
@@ -195,14 +195,6 @@ def _linear(t: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(t, weight.to(t.dtype))
 
 
-def _sum_over_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a^T b for (..., A) and (..., B): (A, B) in ``dtype``, summed in float32 or better."""
-    a, b = a.flatten(0, -2), b.flatten(0, -2)
-    if a.is_cuda and a.dtype != dtype == torch.float32:
-        return torch.mm(a.mT, b, out_dtype=dtype)
-    return (a.mT @ b).to(dtype)
-
-
 def _forward(
     x: Tensor,
     norm1_weight: Tensor,
@@ -297,7 +289,7 @@ def _backward(
     dweight = ista.weight_gradient(u, g, weight, step_size) if wanted["weight"] else None
     del u, u_again, g
     if w_out is not None and wanted["w_out"]:
-        dw_out = _sum_over_tokens(dz, o, w_out.dtype)
+        dw_out = sum_over_tokens(dz, o, w_out.dtype)
     do = dz if w_out is None else dz @ w_out.to(dtype)
     if low:
         _, h, stats1 = rows.normalise(xc, None, None, norm1_weight, norm1_bias, eps, dtype)
@@ -309,7 +301,7 @@ def _backward(
         dh, xc, stats1, norm1_weight, norm1_bias, dz, wanted["w_qkv"] and not low, False
     )
     h = h_again if h is None else h
-    dw_qkv = _sum_over_tokens(dw, h, w_qkv.dtype) if wanted["w_qkv"] else None
+    dw_qkv = sum_over_tokens(dw, h, w_qkv.dtype) if wanted["w_qkv"] else None
     found = (
         dx, dnorm1_weight, dnorm1_bias, dw_qkv, dw_out, db_out, dnorm2_weight, dnorm2_bias, dweight
     )  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..library import on_device_of
+from ..library import on_device_of, sum_over_tokens
 from ..triton_common import can_start_early, dot, dot_precision, has_bulk_copy, multiprocessors
 from . import torch_kernels
 
@@ -244,7 +244,7 @@ def input_gradient(
 
 def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
     """dW = eta (M - W (M + M^T)), M = xc^T g over all tokens."""
-    m = _sum_over_tokens(_rows(xc), _rows(g))
+    m = sum_over_tokens(xc, g, torch.float32)
     # float16 cannot hold a scaled M: its product runs in TF32.
     dtype = torch.float32 if xc.dtype == torch.float16 else xc.dtype
     both = torch.add(m, m.mT, out=torch.empty_like(m, dtype=dtype))
@@ -258,13 +258,6 @@ def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> 
 
 # With fewer tokens than columns every product is small: the library's GEMMs serve.
 backward_weight = torch_kernels.backward_weight
-
-
-def _sum_over_tokens(x: Tensor, g: Tensor) -> Tensor:
-    """M = x^T g for (rows, D) each: (D, D) in float32."""
-    if x.dtype == torch.float32 or not x.is_cuda:
-        return x.float().mT @ g.float()
-    return torch.mm(x.mT, g, out_dtype=torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:
