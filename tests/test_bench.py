@@ -454,13 +454,21 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_the_seed_of_a_run_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = []
+def test_a_run_draws_the_seed_that_it_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = []
+
+    def note_seed(w: Workload, candidates: object, settings: Settings, *_: object) -> list[Result]:
+        drawn.append(str(settings.seed))
+        return [Result(w, "eager", False, UNAVAILABLE, "not run")]
+
+    monkeypatch.setattr(bench, "run_workload", note_seed)
+    printed = []
     for _ in range(2):
         assert main(["bench", "--device", "cpu", "--quick", "--check-only", "--suite", "ista"]) == 0
-        commands.append(capsys.readouterr().out.splitlines()[1])
-    seeds = [line.rsplit("--seed ", 1)[1] for line in commands]
-    assert seeds[0] != seeds[1] and all(seed.isdigit() for seed in seeds)
+        printed.append(capsys.readouterr().out.splitlines()[1].rsplit("--seed ", 1)[1])
+    assert printed == drawn and drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("autocast", [[], ["--autocast"]])
