@@ -145,6 +145,57 @@ def off_the_blocks_kink(dy: Tensor, inputs: Mapping[str, Tensor], **options: Any
     return dy.masked_fill(near[0] != near[1], 0.0)
 
 
+def published_patch_embedding(
+    img: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    cls_token: Tensor | None = None,
+    pos_embedding: Tensor | None = None,
+    *,
+    patch_size: tuple[int, int],
+    eps: float = 1e-5,
+) -> Tensor:
+    """The stem as published, patch by patch."""
+    ph, pw = patch_size
+    rows = [
+        img[:, :, y : y + ph, x : x + pw].permute(0, 2, 3, 1).flatten(1)
+        for y in range(0, img.shape[2], ph)
+        for x in range(0, img.shape[3], pw)
+    ]
+    p = torch.stack(rows, 1)
+    e = F.linear(F.layer_norm(p, p.shape[-1:], norm1_weight, norm1_bias, eps), weight, bias)
+    t = F.layer_norm(e, e.shape[-1:], norm2_weight, norm2_bias, eps)
+    if cls_token is None:
+        return t
+    return torch.cat((cls_token.expand(len(t), -1, -1), t), dim=1) + pos_embedding
+
+
+def patch_embedding_inputs(
+    batch: int, channels: int, grid: tuple[int, int], patch_size: tuple[int, int], d: int
+) -> dict[str, Tensor]:
+    """Arguments of patch_embedding in float64 under its own names; grid: patches up and across."""
+    patch = channels * patch_size[0] * patch_size[1]
+    size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+    inputs = {"img": torch.randn(batch, channels, *size, dtype=torch.float64)}
+    inputs["norm1_weight"] = 1 + 0.1 * torch.randn(patch, dtype=torch.float64)
+    inputs["norm1_bias"] = 0.1 * torch.randn(patch, dtype=torch.float64)
+    inputs["weight"] = torch.randn(d, patch, dtype=torch.float64) * INITIAL * patch**-0.5
+    inputs["bias"] = 0.1 * torch.randn(d, dtype=torch.float64)
+    inputs["norm2_weight"] = 1 + 0.1 * torch.randn(d, dtype=torch.float64)
+    inputs["norm2_bias"] = 0.1 * torch.randn(d, dtype=torch.float64)
+    inputs["cls_token"] = torch.randn(1, 1, d, dtype=torch.float64)
+    inputs["pos_embedding"] = torch.randn(1, 1 + grid[0] * grid[1], d, dtype=torch.float64)
+    return inputs
+
+
+def without_class_token(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t for k, t in inputs.items() if k not in ("cls_token", "pos_embedding")}
+
+
 # ---- running
 
 

@@ -24,7 +24,7 @@ def arguments(*argv: str) -> argparse.Namespace:
 def test_trains_to_the_target_and_reports_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(arguments("--no-bench")) == 0
     printed = capsys.readouterr().out
-    assert "replaced 1 Encoder, 4 MSSA, 4 ISTA" in printed
+    assert "replaced 1 PatchEmbedding, 1 Encoder, 4 MSSA, 4 ISTA" in printed
     assert "FAILED" not in printed
     assert "held-out accuracy 9" in printed
 

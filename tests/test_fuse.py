@@ -317,7 +317,7 @@ def test_fusing_a_compiled_model_compiles_it_again():
 def test_models_of_this_package():
     model = tiny_crate()
     report = fuse(model)
-    assert str(report) == "replaced 1 Encoder, 2 MSSA, 2 ISTA; skipped 0"
+    assert str(report) == "replaced 1 PatchEmbedding, 1 Encoder, 2 MSSA, 2 ISTA; skipped 0"
     assert report
     assert report.replaced[0].name == "transformer.layers.0.0.fn"
     again = fuse(model)

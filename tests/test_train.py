@@ -104,7 +104,7 @@ def test_learns_digits_and_says_how(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(accuracy) == 20
     assert max(accuracy) > 0.85
     printed = capsys.readouterr()
-    assert "fuse: replaced 1 Encoder, 2 MSSA, 2 ISTA" in printed.out
+    assert "fuse: replaced 1 PatchEmbedding, 1 Encoder, 2 MSSA, 2 ISTA" in printed.out
     assert f"accuracy {accuracy[-1]:.2%}" in printed.out
     assert len(printed.out.splitlines()) == 2 + 20  # and no bar where there is no terminal:
     assert printed.err == ""

@@ -14,8 +14,10 @@ import triton.language as tl
 from compile_only import builds_for, transposed_accumulators
 
 from crate_kernels import backends
+from crate_kernels.block import triton_kernels as block_kernels
 from crate_kernels.ista import triton_kernels as ista_kernels
 from crate_kernels.mssa import triton_kernels as mssa_kernels
+from crate_kernels.patch_embedding import triton_kernels as stem_kernels
 
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="nothing is compiled there")
 
@@ -58,6 +60,24 @@ def launch_ista(x_dtype, c_dtype, rows, d):
     ista_kernels.backward_weight(dy, y, xc, weight, 0.1, x_dtype, True, True)
 
 
+def launch_block(dtype, x_dtype, d):
+    x, p = meta(300, d, dtype=x_dtype), meta(300, d, dtype=dtype)
+    gamma = meta(d, dtype=torch.float32)
+    block_kernels.normalise(x, None, None, gamma, gamma, 1e-5, dtype)
+    z, h, stats = block_kernels.normalise(x, p, gamma, gamma, gamma, 1e-5, dtype)
+    block_kernels.normalise_backward(h, z, stats, gamma, gamma, None, True, True)
+    block_kernels.normalise_backward(h, z, stats, gamma, gamma, z, False, False)
+
+
+def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):
+    img = meta(2, channels, 2 * patch_size[0], 3 * patch_size[1], dtype=img_dtype)
+    zhat = stem_kernels.normalise_patches(img, patch_size, 1e-5, dtype)
+    e, gamma = meta(2, zhat.shape[1], d, dtype=dtype), meta(d, dtype=torch.float32)
+    for cls, pos in ((None, None), (meta(1, 1, d, dtype=dtype), meta(1, 7, d, dtype=dtype))):
+        x = stem_kernels.embed(e, gamma, gamma, gamma, cls, pos, 1e-5, dtype)
+        stem_kernels.embed_backward(x, e, gamma, gamma, cls is not None, 1e-5)
+
+
 def check(builds, capability):
     assert builds
     for build in builds:
@@ -93,6 +113,18 @@ def test_ista_builds(capability, x_dtype, c_dtype):
     with builds_for(capability) as builds:
         for rows, d in [(25216, 768), (25216, 50), (64, 64), (1, 20)]:
             launch_ista(x_dtype, c_dtype, rows, d)
+    check(builds, capability)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_passes_over_rows_build(capability, x_dtype):
+    with builds_for(capability) as builds:
+        for d in (20, 384, 768, 1024):
+            launch_block(torch.bfloat16, x_dtype, d)
+            launch_patch_embedding(torch.bfloat16, x_dtype, 3, (16, 16), d)
+        launch_patch_embedding(torch.bfloat16, x_dtype, 1, (14, 7), 33)
+        launch_patch_embedding(torch.bfloat16, x_dtype, 3, (32, 32), 1280)
     check(builds, capability)
 
 

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.layers import Attention, FeedForward
+from ..nn.encoder import Encoder
+from ..nn.layers import Attention, FeedForward, has_hooks
+from ..nn.patch_embedding import PatchEmbedding, Patches
 
 
 class PreNorm(nn.Module):
@@ -75,28 +77,6 @@ class Transformer(nn.Module):
             attn, ff = layer
             x = ff(attn(x) + x)
         return x
-
-
-class Patches(nn.Module):
-    """Images (B, C, H, W) -> patches (B, n, ph*pw*C), row by row, channels innermost."""
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        self.height, self.width = height, width
-
-    def forward(self, img: Tensor) -> Tensor:
-        ph, pw = self.height, self.width
-        if img.dim() != 4 or img.shape[2] % ph != 0 or img.shape[3] % pw != 0:
-            raise ValueError(
-                f"CRATE: expected images of shape (B, C, H, W) with H a multiple of {ph} and W of "
-                f"{pw}, got {tuple(img.shape)}"
-            )
-        b, c, h, w = img.shape
-        img = img.reshape(b, c, h // ph, ph, w // pw, pw)
-        return img.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // ph) * (w // pw), ph * pw * c)
-
-    def extra_repr(self) -> str:
-        return f"{self.height}, {self.width}"
 
 
 class CRATE(nn.Module):
@@ -176,7 +156,11 @@ class CRATE(nn.Module):
 
     def forward_features(self, img: Tensor) -> Tensor:
         """Images (B, channels, H, W) -> tokens (B, 1 + patches, dim), the class token first."""
-        x = self.to_patch_embedding(img)
+        embedding: nn.Module = self.to_patch_embedding
+        if self._embeds_at_once(embedding, img):
+            x = embedding.embed(img, self.cls_token, self.pos_embedding)
+            return self.transformer(self.dropout(x))
+        x = embedding(img)
         b, n, _ = x.shape
         if n >= self.pos_embedding.shape[1]:
             raise ValueError(
@@ -185,6 +169,20 @@ class CRATE(nn.Module):
         x = torch.cat((self.cls_token.expand(b, -1, -1), x), dim=1)
         x += self.pos_embedding[:, : n + 1]
         return self.transformer(self.dropout(x))
+
+    def _embeds_at_once(self, embedding: nn.Module, img: Tensor) -> TypeGuard[PatchEmbedding]:
+        """Whether class token and positions are added in the swapped stem's last pass.
+
+        Only before a swapped encoder: the sum may be in autocast's dtype.
+        """
+        encoder: nn.Module = self.transformer
+        if type(embedding) is not PatchEmbedding or type(encoder) is not Encoder:
+            return False
+        if has_hooks(embedding) or embedding.unfused_reason(img) is not None:
+            return False
+        ph, pw = embedding.patch_size
+        patches = (img.shape[2] // ph) * (img.shape[3] // pw)
+        return self.pos_embedding.shape[1] == 1 + patches
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Tokens (B, 1 + patches, dim) -> logits (B, num_classes)."""

@@ -1,8 +1,9 @@
-"""Modules: layers.py and encoder.py; recognition.py and fusion.py swap them in."""
+"""Modules: layers.py, encoder.py, patch_embedding.py; recognition.py and fusion.py swap them in."""
 
 from .encoder import Encoder
 from .fusion import Layer, Report, fuse, unfuse
 from .layers import ISTA, MSSA, Attention, FeedForward
+from .patch_embedding import PatchEmbedding
 
 __all__ = [
     "ISTA",
@@ -11,6 +12,7 @@ __all__ = [
     "Encoder",
     "FeedForward",
     "Layer",
+    "PatchEmbedding",
     "Report",
     "fuse",
     "unfuse",

@@ -15,15 +15,21 @@ from ..checks import refuse
 from .encoder import Encoder, check_memory, unfused_block_reason
 from .encoder_recognition import looks_like_encoder, reason_against_encoder
 from .layers import ISTA, MSSA, unfused_reason
+from .patch_embedding import (
+    PatchEmbedding,
+    looks_like_stem,
+    patch_size_of,
+    reason_against_stem,
+)
 from .recognition import Verdicts, looks_like, reason_against
 
-KINDS: tuple[type[nn.Module], ...] = (Encoder, MSSA, ISTA)
+KINDS: tuple[type[nn.Module], ...] = (PatchEmbedding, Encoder, MSSA, ISTA)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a report. ``kind`` is "MSSA", "ISTA" or "Encoder"; ``reason`` says why it was
-    skipped, or what to know about a swapped one ("" if nothing)."""
+    """One layer of a report. ``kind`` is "MSSA", "ISTA", "Encoder" or "PatchEmbedding"; ``reason``
+    says why it was skipped, or what to know about a swapped one ("" if nothing)."""
 
     name: str
     kind: str
@@ -59,7 +65,8 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     """Run the published MSSA and ISTA layers in ``model`` on this library's ops, from now on.
 
     An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
-    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each.
+    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each. The stem
+    ``to_patch_embedding`` becomes a :class:`PatchEmbedding`.
 
     Layers are found by what they hold and compute, wherever they were defined: the published
     CRATE and the encoder of CRATE-MAE, inside DataParallel and DistributedDataParallel too. What
@@ -113,6 +120,17 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
             encoder.memory = memory or "default"
             encoder.know_steps()
             report.replaced.append(Layer(name, "Encoder", _encoder_note(encoder)))
+        elif looks_like_stem(module):
+            fused = isinstance(module, PatchEmbedding)
+            reason = "fused already" if fused else reason_against_stem(module)
+            if reason is not None:
+                report.skipped.append(Layer(name, "PatchEmbedding", reason))
+                continue
+            stem: Any = module
+            stem.patch_size = patch_size_of(module)
+            module._unfused_class = type(module)  # type: ignore[assignment]
+            module.__class__ = PatchEmbedding
+            report.replaced.append(Layer(name, "PatchEmbedding"))
     return report
 
 
@@ -136,8 +154,8 @@ def unfuse(model: nn.Module) -> Report:
         elif type(module) is not kinds[0]:
             reason = f"its class became {type(module).__name__} after fuse"
         else:
-            for of_encoders in ("_memory", "_steps"):
-                vars(module).pop(of_encoders, None)
+            for kept in ("_memory", "_steps", "patch_size"):
+                vars(module).pop(kept, None)
             module.__class__ = vars(module).pop("_unfused_class")
             report.replaced.append(Layer(name, kind))
             continue

@@ -1,0 +1,1 @@
+"""The stem of CRATE: patches of an image to tokens."""
