@@ -73,7 +73,7 @@ def assert_same_state(a: Any, b: Any) -> None:
 def prepared(*argv: object) -> loop.Run:
     """A run of one process, before its first step."""
     options = vars(arguments(*argv))
-    chosen = config.Config(**options).resolved(1)
+    chosen = config.Config(**options).resolved(1, "cpu")
     sets = data.load(chosen)
     world = distributed.World.from_environment("cpu")
     return loop.Run(chosen, world, sets, len(sets.train) // chosen.batch_size)
@@ -257,7 +257,7 @@ def test_steps_take_the_same_samples_however_they_are_split(
 
 
 def test_samples_are_a_function_of_seed_epoch_and_index() -> None:
-    sets = data.load(config.Config().resolved(1))
+    sets = data.load(config.Config().resolved(1, "cpu"))
     first, again, other = (sets.train[key][0] for key in ((0, 5), (0, 5), (1, 5)))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -296,7 +296,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
     assert float(rows(tmp_path / "0", "val")[-1]["accuracy"]) == 1
     (tmp_path / "val" / "green").mkdir()
     with pytest.raises(ValueError, match=r"same classes .* only in one: \['green'\]"):
-        data.load(config.Config(data=str(tmp_path)).resolved(1))
+        data.load(config.Config(data=str(tmp_path)).resolved(1, "cpu"))
 
 
 # ---- resuming
@@ -443,6 +443,7 @@ BAD = {
     "heads": (["--model", "crate_gpt", "--data", __file__, "--context", "8", "--heads", "5"], "5"),
     "unfused": (["--model", "crate_gpt", "--no-fuse"], "which is built on the ops"),
     "memory": (["--memory", "low", "--no-fuse"], "a fused image model for --memory, got low"),
+    "graph": (["--graph"], "one process on a CUDA device for --graph, got cpu"),
     "mixup": (["--model", "crate_gpt", "--mixup", "0.1"], "no --mixup with crate_gpt, got 0.1"),
     "context": (["--context", "8"], "no --context with crate_tiny, got 8"),
     "rate": (["--lr", "0"], "--lr above 0, got 0"),
@@ -499,7 +500,7 @@ def test_names_the_packages_it_lacks(
 
 
 def test_defaults_are_the_papers() -> None:
-    chosen = config.Config(data="imagenet").resolved(8)
+    chosen = config.Config(data="imagenet").resolved(8, "cuda")
     assert (chosen.optimizer, chosen.lr, chosen.weight_decay) == ("lion", 2.4e-4, 0.5)
     assert (chosen.batch_size, chosen.epochs, chosen.label_smoothing) == (2048, 150, 0.1)
     assert math.isclose(chosen.warmup * chosen.epochs, 5)

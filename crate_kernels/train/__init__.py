@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     world = distributed.World.from_environment(config.device)
     try:
         check_packages(config)
-        config = config.resolved(world.size)
+        config = config.resolved(world.size, world.device.type)
         sets = data.load(config)
         content = checkpoint.find(config, loop.build(config, sets, "meta"))
     except ValueError as error:

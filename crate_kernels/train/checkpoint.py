@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LAST, BEST = "last.pt", "best.pt"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Options that change nothing in what is computed, but for rounding.
-_FREE = {"fuse", "compile", "device", "parallel", "workers", "out", "resume"}
+_FREE = {"fuse", "compile", "graph", "device", "parallel", "workers", "out", "resume"}
 _FREE |= {"log_every", "validate_every", "save_every"}
 
 

@@ -70,6 +70,9 @@ class Config:
         choices=MEMORY,
     )
     compile: bool = _switch(False, "torch.compile the model")
+    graph: bool = _switch(
+        False, "forward and backward as one launch, a CUDA graph: for one GPU that waits for Python"
+    )
     dtype: str = _option(
         "float32", "of autocast; float16 with a GradScaler",
         choices=("float32", "bfloat16", "float16"),
@@ -115,17 +118,17 @@ class Config:
             return "text"
         return "digits" if self.data == "digits" else "folder"
 
-    def resolved(self, processes: int) -> Config:
+    def resolved(self, processes: int, device: str) -> Config:
         """With every default filled in. Raises ValueError for what does not fit together."""
         known = {**BY_DATA[self.kind], **BY_OPTIMIZER[self.optimizer]}
         chosen = {
             name: value if getattr(self, name) is None else getattr(self, name)
             for name, value in known.items()
         }
-        self._check(chosen, processes)
+        self._check(chosen, processes, device)
         return dataclasses.replace(self, **chosen)
 
-    def _check(self, chosen: dict[str, Any], processes: int) -> None:
+    def _check(self, chosen: dict[str, Any], processes: int, device: str) -> None:
         of_others = {name for options in BY_DATA.values() for name in options} - set(chosen)
         for name in sorted(of_others):
             if getattr(self, name) is not None:
@@ -139,6 +142,9 @@ class Config:
             )
         if self.memory != "default" and (self.kind == "text" or not self.fuse):
             refuse("train", "a fused image model for --memory", self.memory)
+        if self.graph and (processes > 1 or device != "cuda"):
+            got = f"{processes} processes" if processes > 1 else device
+            refuse("train", "one process on a CUDA device for --graph", got)
         values = {**dataclasses.asdict(self), **chosen}
         for name, value in values.items():
             if value is None:

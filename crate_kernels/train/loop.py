@@ -24,6 +24,7 @@ from . import checkpoint, distributed
 from .config import Config
 from .data import HeldOut, Order, Sets, batches, seed_of
 from .distributed import World
+from .graph import CapturedPass
 from .log import Log
 
 Batch = tuple[Tensor, Tensor]
@@ -93,6 +94,7 @@ class Run:
         # Sums of the losses and correct predictions since the last line of the log; their number.
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.norm = torch.zeros(())
+        self.captured: CapturedPass | None = None
 
     def _optimizer(self) -> torch.optim.Optimizer:
         options: dict[str, Any] = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
@@ -116,6 +118,19 @@ class Run:
         labels = y if y.dtype == torch.long else y.argmax(-1)
         return loss, (labels != IGNORED).sum(), (logits.argmax(-1) == labels).sum()
 
+    def both_passes(self, x: Tensor, y: Tensor) -> None:
+        """Forward and backward of a part of a step."""
+        loss, count, correct = self.loss(self.model, x, y)
+        self.scaler.scale(loss / self.config.accumulate).backward()
+        self.window += torch.stack((loss.detach() * count, correct, count))
+
+    def captured_passes(self, x: Tensor, y: Tensor, first: bool) -> None:
+        """The same by a CUDA graph, captured at the first call; ``first`` of its step."""
+        if self.captured is None:
+            parameters, several = self.net.parameters(), self.config.accumulate > 1
+            self.captured = CapturedPass(self.both_passes, parameters, self.window, x, y, several)
+        self.captured(x, y, first)
+
     def train_step(self, data: Iterator[Batch]) -> None:
         config = self.config
         seed_step(seed_of(config.seed, "step", self.step, self.world.rank))
@@ -125,9 +140,10 @@ class Run:
             if config.mixup:
                 x, y = mixed(x, y, config.mixup, self.sets.model["num_classes"])
             with distributed.synchronised(self.model, part == config.accumulate - 1):
-                loss, count, correct = self.loss(self.model, x, y)
-                self.scaler.scale(loss / config.accumulate).backward()
-            self.window += torch.stack((loss.detach() * count, correct, count))
+                if config.graph:
+                    self.captured_passes(x, y, part == 0)
+                else:
+                    self.both_passes(x, y)
         factor = rate(self.step, self.steps, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = (config.lr or 0.0) * factor
