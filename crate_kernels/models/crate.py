@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.encoder import Encoder
-from ..nn.layers import Attention, FeedForward, has_hooks
+from ..nn.layers import Attention, FeedForward, is_called_plainly
 from ..nn.patch_embedding import PatchEmbedding, Patches
 
 
@@ -152,14 +152,24 @@ class CRATE(nn.Module):
 
     def forward(self, img: Tensor) -> Tensor:
         """Images (B, channels, H, W) -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(img))
+        # The head's norm takes one token of them as it is; a mean is better of float32.
+        return self.forward_head(self.forward_features(img, narrow=self.pool == "cls"))
 
-    def forward_features(self, img: Tensor) -> Tensor:
-        """Images (B, channels, H, W) -> tokens (B, 1 + patches, dim), the class token first."""
+    def forward_features(self, img: Tensor, narrow: bool = False) -> Tensor:
+        """Images (B, channels, H, W) -> tokens (B, 1 + patches, dim), the class token first.
+
+        ``narrow`` leaves them in the dtype in which a fused encoder has them between its layers.
+        """
+        x = self.dropout(self._embedded(img))
+        encoder: nn.Module = self.transformer
+        if narrow and type(encoder) is Encoder and x.is_cuda and is_called_plainly(encoder):
+            return encoder.narrow(x)
+        return encoder(x)
+
+    def _embedded(self, img: Tensor) -> Tensor:
         embedding: nn.Module = self.to_patch_embedding
         if self._embeds_at_once(embedding, img):
-            x = embedding.embed(img, self.cls_token, self.pos_embedding)
-            return self.transformer(self.dropout(x))
+            return embedding.embed(img, self.cls_token, self.pos_embedding)
         x = embedding(img)
         b, n, _ = x.shape
         if n >= self.pos_embedding.shape[1]:
@@ -168,7 +178,7 @@ class CRATE(nn.Module):
             )
         x = torch.cat((self.cls_token.expand(b, -1, -1), x), dim=1)
         x += self.pos_embedding[:, : n + 1]
-        return self.transformer(self.dropout(x))
+        return x
 
     def _embeds_at_once(self, embedding: nn.Module, img: Tensor) -> TypeGuard[PatchEmbedding]:
         """Whether class token and positions are added in the swapped stem's last pass.
@@ -178,7 +188,7 @@ class CRATE(nn.Module):
         encoder: nn.Module = self.transformer
         if type(embedding) is not PatchEmbedding or type(encoder) is not Encoder:
             return False
-        if has_hooks(embedding) or embedding.unfused_reason(img) is not None:
+        if not is_called_plainly(embedding) or embedding.unfused_reason(img) is not None:
             return False
         ph, pw = embedding.patch_size
         patches = (img.shape[2] // ph) * (img.shape[3] // pw)

@@ -87,6 +87,10 @@ class Encoder(nn.Module):
         unfused_dtype = torch.promote_types(x.dtype, autocast_dtype(x))
         if x.is_cuda and autocast_is_on("cuda"):
             unfused_dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.narrow(x).to(unfused_dtype)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """:meth:`forward` in the dtype that the tokens have between the layers: one pass less."""
         layers: Any = self.layers
         for attn, ff in layers:
             reason = unfused_block_reason(attn, ff, self._steps, x)
@@ -96,7 +100,7 @@ class Encoder(nn.Module):
                 if not torch.compiler.is_compiling():
                     log_once(f"a layer of an Encoder runs unfused: {reason}")
                 x = ff(attn(x) + x)
-        return x.to(unfused_dtype)
+        return x
 
     plain_forward = published_forward
 

@@ -214,6 +214,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling it comes to its class's forward and nothing else."""
+    return not (has_hooks(module) or _has_any_global_hook() or "forward" in module.__dict__)
+
+
 @functools.cache
 def log_once(message: str) -> None:
     logger.warning("%s", message)
