@@ -2,7 +2,8 @@
 
 Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention` and a whole layer of both,
 :func:`crate_block`, and the stem, :func:`patch_embedding`, each with its ``*_reference`` twin.
-Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back.
+Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back,
+:func:`prepare_for_inference` makes once what a call makes of the weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .mssa.reference import (
     tied_attention_reference_backward,
 )
 from .nn.fusion import fuse, unfuse
+from .nn.inference import prepare_for_inference
 from .patch_embedding.op import explain_patch_embedding, patch_embedding
 from .patch_embedding.reference import (
     patch_embedding_reference,
@@ -50,6 +52,7 @@ __all__ = [
     "patch_embedding",
     "patch_embedding_reference",
     "patch_embedding_reference_backward",
+    "prepare_for_inference",
     "tied_attention",
     "tied_attention_reference",
     "tied_attention_reference_backward",

@@ -53,6 +53,7 @@ def crate_block(
     step_size: float = 0.1,
     lambd: float = 0.1,
     memory: str = "default",
+    gram: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""One CRATE layer: a compression step (MSSA) and a sparsification step (ISTA), each normed.
@@ -68,6 +69,9 @@ def crate_block(
         memory: what is kept for the backward pass, in tensors of B*N*D elements. "default": x,
             w, o and z (four; the normed h and u are made again). "low": x and o (two; w and z
             are made again too, by two more GEMMs). x is the y of the layer before, kept once.
+        gram: G = eta (W - W^T W) of ``weight``, (D, D) in the GEMMs' dtype, if it is there already.
+            Used where no gradient is wanted; without it G is kept as :func:`crate_kernels.ista`
+            keeps it.
         backend: "auto", "cuda", "triton" or "reference", as in the two ops.
 
     Returns:
@@ -98,13 +102,15 @@ def crate_block(
     attention = backends.choose("crate_block", backend, x, dtype, head_dim)
     dictionary = backends.choose("ista", backend, x, dtype, None)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    gram = None
+    if gram is not None and (gram.shape, gram.dtype) != (weight.shape, dtype):
+        wanted = f"gram of shape {tuple(weight.shape)} and {dtype}"
+        refuse("crate_block", wanted, f"{tuple(gram.shape)}, {gram.dtype}")
     wants_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *parameters)
     )
     if not wants_gradient and not outlives_the_call():
         memory = "none"
-        if not torch.compiler.is_compiling():
+        if gram is None and not torch.compiler.is_compiling():
             gram = cached_gram(weight, step_size, dtype, _ista_kernels(dictionary))
     numbers = (heads, scale, causal, float(eps), float(step_size), float(lambd))
     y, *_ = torch.ops.crate_kernels.crate_block(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_number, check_tensors, refuse
-from ..library import autocast_dtype, define, define_gradient
+from ..library import autocast_dtype, autocast_off, define, define_gradient
 from . import torch_kernels
 from .gram_cache import cached_gram
 
@@ -67,6 +67,12 @@ def ista(
             return torch.ops.crate_kernels.ista_apply(x, xc, gram, step_size * lambd, backend)
     y, _, _ = torch.ops.crate_kernels.ista(x, xc, weight, float(step_size), float(lambd), backend)
     return y
+
+
+def gram_matrix(weight: Tensor, step_size: float, dtype: torch.dtype, backend: str) -> Tensor:
+    """G = eta (W - W^T W), (D, D) in ``dtype``, by one of the backends; no gradient."""
+    with torch.no_grad(), autocast_off(weight.device.type):
+        return _kernels(backend).make_gram(weight, step_size, dtype)
 
 
 def explain_ista(

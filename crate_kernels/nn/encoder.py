@@ -13,6 +13,7 @@ from ..block.op import MEMORY, crate_block
 from ..checks import refuse
 from ..library import autocast_dtype, autocast_is_on
 from .encoder_recognition import published_forward, reason_against_step
+from .inference import Constants, layer_constants
 from .layers import ISTA, MSSA, has_hooks, log_once, unfused_reason
 from .recognition import Verdicts
 
@@ -46,6 +47,7 @@ class Encoder(nn.Module):
 
     _memory = "default"
     _steps: tuple[type[nn.Module], ...] = ()  # classes known to compute fn(norm(x))
+    constants: Constants | None = None  # of prepare_for_inference
 
     def __init__(
         self, layers: Iterable[tuple[nn.Module, nn.Module]], memory: str = "default"
@@ -92,15 +94,20 @@ class Encoder(nn.Module):
     def narrow(self, x: Tensor) -> Tensor:
         """:meth:`forward` in the dtype that the tokens have between the layers: one pass less."""
         layers: Any = self.layers
-        for attn, ff in layers:
+        for i, (attn, ff) in enumerate(layers):
             reason = unfused_block_reason(attn, ff, self._steps, x)
             if reason is None:
-                x = _run(attn, ff, x, self.memory)
+                x = _run(attn, ff, x, self.memory, self.constants, i)
             else:
                 if not torch.compiler.is_compiling():
                     log_once(f"a layer of an Encoder runs unfused: {reason}")
                 x = ff(attn(x) + x)
         return x
+
+    def train(self, mode: bool = True) -> Encoder:
+        if mode:
+            vars(self).pop("constants", None)
+        return super().train(mode)
 
     plain_forward = published_forward
 
@@ -110,16 +117,27 @@ def check_memory(caller: str, memory: Any) -> None:
         refuse(caller, f"memory to be one of {MEMORY}", repr(memory))
 
 
-def _run(attn: Any, ff: Any, x: Tensor, memory: str) -> Tensor:
+def _run(attn: Any, ff: Any, x: Tensor, memory: str, kept: Constants | None, i: int) -> Tensor:
+    norm1_weight, norm1_bias, w_qkv, w_out, *rest = _parameters(attn, ff)
+    gram = None
+    if kept is not None:
+        constants = layer_constants(kept, i, x, w_qkv, w_out, ff.fn)
+        if constants is not None:
+            w_qkv, w_out, gram = constants.w_qkv, constants.w_out, constants.gram
     return crate_block(
         x,
-        *_parameters(attn, ff),
+        norm1_weight,
+        norm1_bias,
+        w_qkv,
+        w_out,
+        *rest,
         heads=attn.fn.heads,
         scale=attn.fn.scale,
         eps=attn.norm.eps,
         step_size=ff.fn.step_size,
         lambd=ff.fn.lambd,
         memory=memory,
+        gram=gram,
     )
 
 

@@ -154,7 +154,7 @@ def unfuse(model: nn.Module) -> Report:
         elif type(module) is not kinds[0]:
             reason = f"its class became {type(module).__name__} after fuse"
         else:
-            for kept in ("_memory", "_steps", "patch_size"):
+            for kept in ("_memory", "_steps", "constants", "patch_size"):
                 vars(module).pop(kept, None)
             module.__class__ = vars(module).pop("_unfused_class")
             report.replaced.append(Layer(name, kind))

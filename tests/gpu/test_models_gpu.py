@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crate_kernels import explain, fuse, ista, mssa, tied_attention
+from crate_kernels import explain, fuse, ista, mssa, prepare_for_inference, tied_attention
 from crate_kernels.bench import workloads
 from crate_kernels.bench.cases import ModelCase
 from crate_kernels.bench.check import compare
@@ -235,3 +235,18 @@ def test_data_parallel_on_all_devices():
     ]
     for a, *parts in zip(got, *each, strict=True):
         torch.testing.assert_close(a, sum(parts))
+
+
+def test_prepared_inference_is_the_same_captured_too():
+    model = fused_copy(small_crate()).eval()
+    ready = copy.deepcopy(model)
+    prepare_for_inference(ready)
+    x, _ = images()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        want = model(x)
+        assert torch.equal(ready(x), want) and torch.equal(ready(x), want)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ready(x)
+        graph.replay()
+        assert torch.equal(captured, want)
