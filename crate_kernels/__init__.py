@@ -1,7 +1,8 @@
 """Fused kernels for CRATE, the white-box transformer (arXiv 2311.13110).
 
-Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention` and a whole layer of both,
-:func:`crate_block`, each with its ``*_reference`` twin.
+Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, a whole layer of both,
+:func:`crate_block`, and the ISTA of CRATE-alpha, :func:`overcomplete_ista`, each with its
+``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back.
 """
 
@@ -24,6 +25,11 @@ from .mssa.reference import (
     tied_attention_reference_backward,
 )
 from .nn.fusion import fuse, unfuse
+from .overcomplete_ista.op import explain_overcomplete_ista, overcomplete_ista
+from .overcomplete_ista.reference import (
+    overcomplete_ista_reference,
+    overcomplete_ista_reference_backward,
+)
 
 __version__ = "0.1.0"
 
@@ -42,6 +48,9 @@ __all__ = [
     "mssa_reference",
     "mssa_reference_backward",
     "nn",
+    "overcomplete_ista",
+    "overcomplete_ista_reference",
+    "overcomplete_ista_reference_backward",
     "tied_attention",
     "tied_attention_reference",
     "tied_attention_reference_backward",
@@ -53,14 +62,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backends fit ``op`` called with these arguments, and why the others do not.
 
     ``print(crate_kernels.explain("mssa", x, w_qkv, w_out, b_out, heads=12))``. ``op`` is
-    "mssa", "tied_attention", "ista" or "crate_block"; the other arguments are that op's own
-    (without backend). Bad arguments raise as the op itself would.
+    "mssa", "tied_attention", "ista", "crate_block" or "overcomplete_ista"; the other arguments are
+    that op's own (without backend). Bad arguments raise as the op itself would.
     """
     explainers: dict[str, Callable[..., Explanation]] = {
         "mssa": explain_mssa,
         "tied_attention": explain_tied_attention,
         "ista": explain_ista,
         "crate_block": explain_crate_block,
+        "overcomplete_ista": explain_overcomplete_ista,
     }
     if op not in explainers:
         raise ValueError(f"explain: expected op to be one of {sorted(explainers)}, got {op!r}")

@@ -74,6 +74,13 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def outlives_the_call() -> bool:
+    """Whether this call is captured in a graph that may be asked for a gradient later."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def on_device_of(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch on the device that holds ``t``, whichever is current."""
     if t.is_cuda and t.device.index != torch.cuda.current_device():

@@ -18,7 +18,13 @@ from .. import backends
 from ..checks import check_heads, check_number, check_tensors, refuse
 from ..ista.gram_cache import cached_gram
 from ..ista.op import _kernels as _ista_kernels
-from ..library import autocast_dtype, define, define_gradient, sum_over_tokens
+from ..library import (
+    autocast_dtype,
+    define,
+    define_gradient,
+    outlives_the_call,
+    sum_over_tokens,
+)
 from ..mssa.op import _check_options
 from ..mssa.op import _kernels as _attention_kernels
 
@@ -102,7 +108,7 @@ def crate_block(
     wants_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *parameters)
     )
-    if not wants_gradient and not _outlives_the_call():
+    if not wants_gradient and not outlives_the_call():
         memory = "none"
         if not torch.compiler.is_compiling():
             gram = cached_gram(weight, step_size, dtype, _ista_kernels(dictionary))
@@ -111,13 +117,6 @@ def crate_block(
         x, *parameters, gram, dtype, *numbers, memory, attention, dictionary
     )
     return y
-
-
-def _outlives_the_call() -> bool:
-    """Whether this call is captured in a graph that may be asked for a gradient later."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def explain_crate_block(
