@@ -2,7 +2,14 @@
 
 from .encoder import Encoder
 from .fusion import Layer, Report, fuse, unfuse
-from .layers import ISTA, MSSA, Attention, FeedForward
+from .layers import (
+    ISTA,
+    MSSA,
+    Attention,
+    FeedForward,
+    OvercompleteFeedForward,
+    OvercompleteISTA,
+)
 
 __all__ = [
     "ISTA",
@@ -11,6 +18,8 @@ __all__ = [
     "Encoder",
     "FeedForward",
     "Layer",
+    "OvercompleteFeedForward",
+    "OvercompleteISTA",
     "Report",
     "fuse",
     "unfuse",

@@ -14,16 +14,16 @@ from torch import nn
 from ..checks import refuse
 from .encoder import Encoder, check_memory, unfused_block_reason
 from .encoder_recognition import looks_like_encoder, reason_against_encoder
-from .layers import ISTA, MSSA, unfused_reason
+from .layers import ISTA, MSSA, OvercompleteISTA, unfused_reason
 from .recognition import Verdicts, looks_like, reason_against
 
-KINDS: tuple[type[nn.Module], ...] = (Encoder, MSSA, ISTA)
+KINDS: tuple[type[nn.Module], ...] = (Encoder, MSSA, ISTA, OvercompleteISTA)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a report. ``kind`` is "MSSA", "ISTA" or "Encoder"; ``reason`` says why it was
-    skipped, or what to know about a swapped one ("" if nothing)."""
+    """One layer of a report. ``kind`` is "MSSA", "ISTA", "OvercompleteISTA" or "Encoder";
+    ``reason`` says why it was skipped, or what to know about a swapped one ("" if nothing)."""
 
     name: str
     kind: str
@@ -59,10 +59,11 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     """Run the published MSSA and ISTA layers in ``model`` on this library's ops, from now on.
 
     An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
-    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each.
+    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each, as do those
+    of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`).
 
     Layers are found by what they hold and compute, wherever they were defined: the published
-    CRATE and the encoder of CRATE-MAE, inside DataParallel and DistributedDataParallel too. What
+    CRATE, CRATE-alpha and the encoder of CRATE-MAE, inside DataParallel and DistributedDataParallel too. What
     only looks like one of them (another forward, a subclass, an instance whose forward was
     replaced, other children) is left alone and reported. Modules change class in place: parameters,
     optimizers, hooks, state-dict keys and mode stay. Works on meta-device models; a second call
@@ -70,9 +71,10 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
 
     Args:
         model: any module.
-        memory: "default" or "low": what the layers of an encoder keep for the backward pass
-            (:func:`crate_kernels.crate_block`), those swapped before included. None leaves these
-            as they are, and takes "default" for others.
+        memory: "default" or "low": what the layers of an encoder and of CRATE-alpha keep for the
+            backward pass (:func:`crate_kernels.crate_block`,
+            :func:`crate_kernels.overcomplete_ista`), those swapped before included. None leaves
+            these as they are, and takes "default" for others.
 
     Returns:
         A printable report with ``replaced`` and ``skipped`` lists of layers, each with ``name``,
@@ -90,13 +92,17 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
         kind = looks_like(module)
         if kind is None:
             continue
-        fused = isinstance(module, (MSSA, ISTA))
+        fused = isinstance(module, (MSSA, ISTA, OvercompleteISTA))
         reason = "fused already" if fused else reason_against(module, kind, seen)
+        if isinstance(module, OvercompleteISTA) and memory is not None:
+            module.memory = memory
         if reason is not None:
             report.skipped.append(Layer(name, kind.__name__, reason))
             continue
         module._unfused_class = type(module)  # type: ignore[assignment]
         module.__class__ = kind
+        if isinstance(module, OvercompleteISTA):
+            module.memory = memory or "default"
         report.replaced.append(Layer(name, kind.__name__, _note(module)))
     for name, module in _layers("fuse", model):
         if isinstance(module, Encoder):
@@ -119,8 +125,8 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
 def unfuse(model: nn.Module) -> Report:
     """Give every layer that :func:`fuse` swapped its own class back, in place.
 
-    Those built as :class:`MSSA`, :class:`ISTA` or :class:`Encoder` had no other and are reported
-    as skipped.
+    Those built as :class:`MSSA`, :class:`ISTA`, :class:`OvercompleteISTA` or :class:`Encoder` had
+    no other and are reported as skipped.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -136,8 +142,8 @@ def unfuse(model: nn.Module) -> Report:
         elif type(module) is not kinds[0]:
             reason = f"its class became {type(module).__name__} after fuse"
         else:
-            for of_encoders in ("_memory", "_steps"):
-                vars(module).pop(of_encoders, None)
+            for ours in ("_memory", "_steps"):
+                vars(module).pop(ours, None)
             module.__class__ = vars(module).pop("_unfused_class")
             report.replaced.append(Layer(name, kind))
             continue
