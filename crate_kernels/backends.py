@@ -91,17 +91,15 @@ def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int |
     return backend
 
 
-def _against_cuda(
-    op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None
-) -> tuple[str, ...]:
+def _against_cuda(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> tuple[str, ...]:
     reasons = list(_against_cuda_on(x.device.type, x.device.index))
     if op in WITHOUT_CUDA:
-        return (*reasons, f"{op}: no CUDA kernels are built for it")
+        reasons.append(f"{op}: no CUDA kernels are built for it")
     if dtype not in CUDA_DTYPES:
         reasons.append(f"dtype {dtype}: CUDA kernels compute in float16 and bfloat16")
     if head_dim is not None and head_dim not in CUDA_HEAD_DIMS:
         reasons.append(f"head_dim {head_dim}: CUDA kernels are built for {CUDA_HEAD_DIMS}")
-    if head_dim is None and x.shape[-1] % 8 != 0:
+    if op == "ista" and x.shape[-1] % 8 != 0:
         reasons.append(f"D = {x.shape[-1]}: CUDA kernels take multiples of 8")
     return tuple(reasons)
 

@@ -16,6 +16,7 @@ from compile_only import builds_for, transposed_accumulators
 from crate_kernels import backends
 from crate_kernels.ista import triton_kernels as ista_kernels
 from crate_kernels.mssa import triton_kernels as mssa_kernels
+from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kernels
 
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="nothing is compiled there")
 
@@ -58,6 +59,18 @@ def launch_ista(x_dtype, c_dtype, rows, d):
     ista_kernels.backward_weight(dy, y, xc, weight, 0.1, x_dtype, True, True)
 
 
+def launch_overcomplete(x_dtype, dtype, rows, d, m, transposed=False):
+    x, dictionary = meta(rows, d, dtype=dtype), meta(d, m, dtype=dtype)
+    if transposed:
+        dictionary = meta(m, d, dtype=dtype).mT
+    z1 = overcomplete_kernels.encode(x, dictionary, 0.1, 0.01)
+    r = overcomplete_kernels.residual(x.to(x_dtype), z1, dictionary)
+    z2 = overcomplete_kernels.refine(z1, r, dictionary, 0.1, 0.01)
+    e2 = overcomplete_kernels.refine_backward(x, dictionary, z2, 0.1)
+    e1 = overcomplete_kernels.encode_backward(e2, r, dictionary, z1, 0.1)
+    overcomplete_kernels.input_gradient(r, e1, dictionary, x_dtype)
+
+
 def check(builds, capability):
     assert builds
     for build in builds:
@@ -96,6 +109,19 @@ def test_ista_builds(capability, x_dtype, c_dtype):
     check(builds, capability)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)],
+)
+def test_overcomplete_ista_builds(capability, x_dtype, dtype):
+    with builds_for(capability) as builds:
+        for rows, d, m in [(25216, 768, 3072), (197, 20, 50)]:
+            launch_overcomplete(x_dtype, dtype, rows, d, m)
+        launch_overcomplete(x_dtype, dtype, 25216, 768, 3072, transposed=True)
+    check(builds, capability)
+
+
 def test_sizes_of_one_build():
     """Triton makes integer arguments equal to 1 constants: one image, head, token, column."""
     with builds_for((9, 0)) as builds:
@@ -106,6 +132,7 @@ def test_sizes_of_one_build():
         o, lse = mssa_kernels.forward(w, 1, 1.0, False)
         mssa_kernels.backward(w, w, o, lse, 1, 1.0, False)
         launch_ista(torch.float32, torch.bfloat16, 1, 1)
+        launch_overcomplete(torch.float32, torch.bfloat16, 1, 1, 8)
     check(builds, (9, 0))
 
 

@@ -122,11 +122,11 @@ def gemm_kernel(
     DESCRIBED: tl.constexpr, TRANSPOSE_A: tl.constexpr, TRANSPOSE_B: tl.constexpr,
     PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """OUT = act(beta C + alpha A B - threshold), for A (n_rows, K), B (K, D), C and OUT (n_rows, D).
+    """OUT = act(beta C + alpha A B - threshold): A (n_rows, K), B (K, D), C and OUT (n_rows, D).
 
     K and C may be None: K = D, C = 0. RELU: act is relu, nan kept. MASK: C counts everywhere
     ("none"), where Y > 0 ("positive") or where Y != 0 ("nonzero"); or OUT is 0 but where Y > 0
-    ("result"), nan counting as > 0. FLAGS (0: no condition): do nothing unless one of the n_changed <=
+    ("result"), as nan is here. FLAGS (0: no condition): do nothing unless one of the n_changed <=
     FLAGS flags at CHANGED is set. DESCRIBED: the matrices are tensor descriptors, those of A^T and
     B^T where TRANSPOSE_A and TRANSPOSE_B. EARLY: launched before the kernel ahead of it ends.
     """

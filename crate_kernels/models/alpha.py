@@ -219,9 +219,7 @@ def crate_alpha_huge(num_classes: int = 1000, **overrides: Any) -> CRATEAlpha:
     return _sized(num_classes, overrides, 14, dim=1280, depth=32, heads=16)
 
 
-def _sized(
-    num_classes: int, overrides: dict[str, Any], patch_size: int, **size: int
-) -> CRATEAlpha:
+def _sized(num_classes: int, overrides: dict[str, Any], patch_size: int, **size: int) -> CRATEAlpha:
     options: dict[str, Any] = {"image_size": 224, "patch_size": patch_size, **size, **overrides}
     options.setdefault("dim_head", options["dim"] // options["heads"])
     return CRATEAlpha(num_classes=num_classes, **options)

@@ -63,11 +63,12 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`).
 
     Layers are found by what they hold and compute, wherever they were defined: the published
-    CRATE, CRATE-alpha and the encoder of CRATE-MAE, inside DataParallel and DistributedDataParallel too. What
-    only looks like one of them (another forward, a subclass, an instance whose forward was
-    replaced, other children) is left alone and reported. Modules change class in place: parameters,
-    optimizers, hooks, state-dict keys and mode stay. Works on meta-device models; a second call
-    finds nothing to do; a compiled model compiles itself again at its next call.
+    CRATE, CRATE-alpha and the encoder of CRATE-MAE, inside DataParallel and
+    DistributedDataParallel too. What only looks like one of them (another forward, a subclass, an
+    instance whose forward was replaced, other children) is left alone and reported. Modules change
+    class in place: parameters, optimizers, hooks, state-dict keys and mode stay. Works on
+    meta-device models; a second call finds nothing to do; a compiled model compiles itself again
+    at its next call.
 
     Args:
         model: any module.

@@ -1,10 +1,10 @@
 """Is this module a published MSSA or ISTA layer? Decided by structure and code, not by import.
 
 Three tests, all strict: what the module holds (:func:`_against_attention`,
-:func:`_against_feed_forward`, :func:`_against_overcomplete`), what its class says (:func:`against_class`,
-:func:`against_code`: a short straight forward that stores nothing and branches on nothing but
-its flags), and what that forward computes (:func:`_against_result`: run in float64 with stand-ins
-for the children, against our own).
+:func:`_against_feed_forward`, :func:`_against_overcomplete`), what its class says
+(:func:`against_class`, :func:`against_code`: a short straight forward that stores nothing and
+branches on nothing but its flags), and what that forward computes (:func:`_against_result`: run in
+float64 with stand-ins for the children, against our own).
 """
 
 from __future__ import annotations

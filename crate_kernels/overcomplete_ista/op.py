@@ -37,7 +37,7 @@ def overcomplete_ista(
     memory: str = "default",
     backend: str = "auto",
 ) -> Tensor:
-    r"""Two ISTA steps from zero in a wide dictionary, and what a second dictionary makes of the code.
+    r"""Two ISTA steps from zero in a wide dictionary, and a second one that decodes the result.
 
     .. math:: z_1 = \mathrm{relu}(\eta\, x D - \eta \lambda), \qquad
               z_2 = \mathrm{relu}(z_1 + \eta\, (x - z_1 D^T) D - \eta \lambda), \qquad
@@ -280,9 +280,7 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     found = torch.ops.crate_kernels.overcomplete_ista_backward(
         dout, *ctx.saved_tensors, wants, *ctx.options
     )
-    dx, ddictionary, ddecoder = (
-        t if want else None for t, want in zip(found, wants, strict=True)
-    )
+    dx, ddictionary, ddecoder = (t if want else None for t, want in zip(found, wants, strict=True))
     return dx, None, ddictionary, ddecoder, None, None, None, None
 
 

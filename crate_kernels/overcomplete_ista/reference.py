@@ -1,4 +1,4 @@
-"""Overcomplete ISTA in plain PyTorch, forward and backward: what every kernel is checked against."""
+"""Overcomplete ISTA in plain PyTorch, forward and backward: what the kernels are checked against."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def overcomplete_ista_reference_backward(
     ``dx = dr + e1 D^T``, ``dD = x^T e1 + r^T e2 - dr^T z1``, ``dD1 = dout^T z2``, the last three
     over all tokens. Without a decoder dD has both, and ddecoder is None.
     """
-    d, m = dictionary.shape
-    given, x, dout = x, x.reshape(-1, d), dout.reshape(-1, d)
+    shape, d = x.shape, dictionary.shape[0]
+    x, dout = x.reshape(-1, d), dout.reshape(-1, d)
     d1 = dictionary if decoder is None else decoder
     z1, r, z2 = _codes(x, dictionary, step_size, lambd)
     e2 = torch.where(z2 <= 0, 0, step_size * (dout @ d1))
@@ -48,7 +48,7 @@ def overcomplete_ista_reference_backward(
     e1 = torch.where(z1 <= 0, 0, e2 - step_size * (dr @ dictionary))
     ddictionary = x.mT @ e1 + r.mT @ e2 - dr.mT @ z1
     ddecoder = dout.mT @ z2
-    dx = (dr + e1 @ dictionary.mT).view(given.shape)
+    dx = (dr + e1 @ dictionary.mT).view(shape)
     if decoder is None:
         return dx, ddictionary + ddecoder, None
     return dx, ddictionary, ddecoder

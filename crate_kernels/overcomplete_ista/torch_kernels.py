@@ -22,9 +22,7 @@ def residual(x: Tensor, z1: Tensor, dictionary: Tensor) -> Tensor:
     return torch.sub(x, z1 @ dictionary.mT).to(z1.dtype)
 
 
-def refine(
-    z1: Tensor, r: Tensor, dictionary: Tensor, step_size: float, threshold: float
-) -> Tensor:
+def refine(z1: Tensor, r: Tensor, dictionary: Tensor, step_size: float, threshold: float) -> Tensor:
     """relu(z1 + eta r D - threshold)"""
     return torch.sub(z1, threshold).addmm_(r, dictionary, alpha=step_size).relu_()
 

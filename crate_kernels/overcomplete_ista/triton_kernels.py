@@ -31,9 +31,7 @@ def residual(x: Tensor, z1: Tensor, dictionary: Tensor) -> Tensor:
     return r
 
 
-def refine(
-    z1: Tensor, r: Tensor, dictionary: Tensor, step_size: float, threshold: float
-) -> Tensor:
+def refine(z1: Tensor, r: Tensor, dictionary: Tensor, step_size: float, threshold: float) -> Tensor:
     z2 = torch.empty_like(z1)
     _gemm(z1, r, dictionary, z2, alpha=step_size, threshold=threshold, relu=True)
     return z2
