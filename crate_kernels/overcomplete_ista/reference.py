@@ -1,4 +1,4 @@
-"""Overcomplete ISTA in plain PyTorch, forward and backward: what the kernels are checked against."""
+"""Overcomplete ISTA in plain PyTorch, forward and backward: what kernels are checked against."""
 
 from __future__ import annotations
 
