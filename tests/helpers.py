@@ -132,28 +132,36 @@ def overcomplete_codes(
     return [torch.relu(t) for t in _before_relus(x, dictionary, step_size, lambd)]
 
 
-def off_the_kinks(
-    dout: Tensor,
+def on_exact_sides(
     inputs: Mapping[str, Tensor],
-    several: Iterable[Sequence[Tensor]],
+    codes: Sequence[Tensor],
     unit: float,
     step_size: float = 0.1,
     lambd: float = 0.1,
 ) -> Tensor:
-    """``dout`` without the tokens of which a code is on another side of its relu than in float64.
+    """The tokens whose ``codes``, z1 and z2, are all on the side of their relu that float64 has.
 
-    ``several`` are pairs of z1 and z2: ours and the published. Only what is within rounding of 0
-    may be on the other side, and some tokens must be left.
+    Only what is within rounding of 0 may be on the other.
     """
     x, dictionary = (inputs[name].double() for name in ("x", "dictionary"))
     same = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    for codes in several:
-        for z, before in zip(codes, _before_relus(x, dictionary, step_size, lambd), strict=True):
-            other = (z.view(before.shape) > 0) != (before > 0)
-            assert (before.abs()[other] < 16 * unit).all()
-            same &= ~other.any(-1)
-    assert same.any()
-    return dout.masked_fill(~same.unsqueeze(-1), 0.0)
+    for z, before in zip(codes, _before_relus(x, dictionary, step_size, lambd), strict=True):
+        other = (z.view(before.shape) > 0) != (before > 0)
+        assert (before.abs()[other] < 16 * unit).all()
+        same &= ~other.any(-1)
+    return same
+
+
+def off_the_kinks(
+    dout: Tensor, inputs: Mapping[str, Tensor], several: Iterable[Sequence[Tensor]], unit: float
+) -> Tensor:
+    """``dout`` without the tokens for which rounding decides whether a relu passes some code.
+
+    ``several`` are pairs of z1 and z2: ours and the published.
+    """
+    kept = torch.stack([on_exact_sides(inputs, codes, unit) for codes in several]).all(0)
+    assert kept.any()
+    return dout.masked_fill(~kept.unsqueeze(-1), 0.0)
 
 
 def published_block(
