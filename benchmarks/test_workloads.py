@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(w, name, id=f"{suite} {w.label} {name}".replace(" ", "-"))
         for suite, several in found.items()
         for w in several
-        for name in peers.CANDIDATES[DEVICE.type][suite]
+        for name in peers.default_names(w, DEVICE.type)
     ]
     metafunc.parametrize(("w", "name"), pairs)
 

@@ -1,7 +1,8 @@
 """Fused kernels for CRATE, the white-box transformer (arXiv 2311.13110).
 
-Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention` and a whole layer of both,
-:func:`crate_block`, and the stem, :func:`patch_embedding`, each with its ``*_reference`` twin.
+Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, a whole layer of both,
+:func:`crate_block`, the stem, :func:`patch_embedding`, and the ISTA of CRATE-alpha,
+:func:`overcomplete_ista`, each with its ``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back,
 :func:`prepare_for_inference` makes once what a call makes of the weights.
 """
@@ -26,6 +27,11 @@ from .mssa.reference import (
 )
 from .nn.fusion import fuse, unfuse
 from .nn.inference import prepare_for_inference
+from .overcomplete_ista.op import explain_overcomplete_ista, overcomplete_ista
+from .overcomplete_ista.reference import (
+    overcomplete_ista_reference,
+    overcomplete_ista_reference_backward,
+)
 from .patch_embedding.op import explain_patch_embedding, patch_embedding
 from .patch_embedding.reference import (
     patch_embedding_reference,
@@ -49,6 +55,9 @@ __all__ = [
     "mssa_reference",
     "mssa_reference_backward",
     "nn",
+    "overcomplete_ista",
+    "overcomplete_ista_reference",
+    "overcomplete_ista_reference_backward",
     "patch_embedding",
     "patch_embedding_reference",
     "patch_embedding_reference_backward",
@@ -63,9 +72,9 @@ __all__ = [
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backends fit ``op`` called with these arguments, and why the others do not.
 
-    ``print(crate_kernels.explain("mssa", x, w_qkv, w_out, b_out, heads=12))``. ``op`` is
-    "mssa", "tied_attention", "ista", "crate_block" or "patch_embedding"; the other arguments are
-    that op's own (without backend). Bad arguments raise as the op itself would.
+    ``print(crate_kernels.explain("mssa", x, w_qkv, w_out, b_out, heads=12))``. ``op`` is the name
+    of an op of this package; the other arguments are that op's own (without backend). Bad arguments
+    raise as the op itself would.
     """
     explainers: dict[str, Callable[..., Explanation]] = {
         "mssa": explain_mssa,
@@ -73,6 +82,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         "ista": explain_ista,
         "crate_block": explain_crate_block,
         "patch_embedding": explain_patch_embedding,
+        "overcomplete_ista": explain_overcomplete_ista,
     }
     if op not in explainers:
         raise ValueError(f"explain: expected op to be one of {sorted(explainers)}, got {op!r}")

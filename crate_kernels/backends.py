@@ -30,6 +30,7 @@ CUDA_HEAD_DIMS = (48, 64, 80, 128)  # kHeadDims of csrc/crate_kernels.h
 # Elements of x below which the CUDA kernel has too few tiles of 128 x 128 for a GPU's 132
 # multiprocessors: 7.9 us against Triton's 5.4 at 197 x 768, 8.8 against 8.2 at 1576 x 768.
 CUDA_ISTA_LEAST = 128 * 128 * 132
+WITHOUT_CUDA = ("overcomplete_ista",)  # ops that csrc/ has no kernels for
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 
@@ -52,7 +53,7 @@ class Explanation:
 def explain(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> Explanation:
     """What fits op on ``x`` computing in ``dtype``; head_dim is None for ops without heads."""
     reasons = {
-        "cuda": _against_cuda(x, dtype, head_dim),
+        "cuda": _against_cuda(op, x, dtype, head_dim),
         "triton": _against_triton(x, dtype, head_dim),
         "reference": (),
     }
@@ -90,13 +91,15 @@ def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int |
     return backend
 
 
-def _against_cuda(x: Tensor, dtype: torch.dtype, head_dim: int | None) -> tuple[str, ...]:
+def _against_cuda(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> tuple[str, ...]:
     reasons = list(_against_cuda_on(x.device.type, x.device.index))
+    if op in WITHOUT_CUDA:
+        reasons.append(f"{op}: no CUDA kernels are built for it")
     if dtype not in CUDA_DTYPES:
         reasons.append(f"dtype {dtype}: CUDA kernels compute in float16 and bfloat16")
     if head_dim is not None and head_dim not in CUDA_HEAD_DIMS:
         reasons.append(f"head_dim {head_dim}: CUDA kernels are built for {CUDA_HEAD_DIMS}")
-    if head_dim is None and x.shape[-1] % 8 != 0:
+    if op == "ista" and x.shape[-1] % 8 != 0:
         reasons.append(f"D = {x.shape[-1]}: CUDA kernels take multiples of 8")
     return tuple(reasons)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,27 @@ def _before_relu(x: Tensor, weight: Tensor, step_size: float, lambd: float) -> T
     return x + (step_size * (pull - push) - step_size * lambd)
 
 
+def published_overcomplete_ista(
+    x: Tensor,
+    dictionary: Tensor,
+    decoder: Tensor | None = None,
+    *,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+) -> Tensor:
+    _, second = _before_relus(x, dictionary, step_size, lambd)
+    return F.linear(torch.relu(second), dictionary if decoder is None else decoder)
+
+
+def _before_relus(
+    x: Tensor, dictionary: Tensor, step_size: float, lambd: float
+) -> tuple[Tensor, Tensor]:
+    first = step_size * F.linear(x, dictionary.T) - step_size * lambd
+    z = torch.relu(first)
+    lasso = F.linear(F.linear(z, dictionary) - x, dictionary.T)
+    return first, z - step_size * lasso - step_size * lambd
+
+
 # ---- inputs
 
 # Standard deviation of nn.Linear's initial weights times the square root of its inputs.
@@ -91,6 +112,56 @@ def off_the_kink(
     """``dy`` without its entries where rounding may decide whether ista's relu passes them."""
     before = _before_relu(x.double(), weight.double(), step_size, lambd)
     return dy.masked_fill(before.abs() < 16 * torch.finfo(x.dtype).eps, 0.0)
+
+
+def overcomplete_inputs(
+    *shape: int, ratio: int = 4, tied: bool = False, width: int | None = None
+) -> dict[str, Tensor]:
+    """Arguments of overcomplete_ista in float64 under its own names, at its initial scale."""
+    d = shape[-1]
+    m = ratio * d if width is None else width
+    names = ("dictionary",) if tied else ("dictionary", "decoder")
+    weights = {name: torch.randn(d, m, dtype=torch.float64) * (2 / m) ** 0.5 for name in names}
+    return {"x": torch.randn(shape, dtype=torch.float64), **weights}
+
+
+def overcomplete_codes(
+    x: Tensor, dictionary: Tensor, step_size: float = 0.1, lambd: float = 0.1, **_: Any
+) -> list[Tensor]:
+    """The published z1 and z2."""
+    return [torch.relu(t) for t in _before_relus(x, dictionary, step_size, lambd)]
+
+
+def on_exact_sides(
+    inputs: Mapping[str, Tensor],
+    codes: Sequence[Tensor],
+    unit: float,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+) -> Tensor:
+    """The tokens whose ``codes``, z1 and z2, are all on the side of their relu that float64 has.
+
+    Only what is within rounding of 0 may be on the other.
+    """
+    x, dictionary = (inputs[name].double() for name in ("x", "dictionary"))
+    same = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    for z, before in zip(codes, _before_relus(x, dictionary, step_size, lambd), strict=True):
+        other = (z.view(before.shape) > 0) != (before > 0)
+        assert (before.abs()[other] < 16 * unit).all()
+        same &= ~other.any(-1)
+    return same
+
+
+def off_the_kinks(
+    dout: Tensor, inputs: Mapping[str, Tensor], several: Iterable[Sequence[Tensor]], unit: float
+) -> Tensor:
+    """``dout`` without the tokens for which rounding decides whether a relu passes some code.
+
+    ``several`` are pairs of z1 and z2: ours and the published.
+    """
+    kept = torch.stack([on_exact_sides(inputs, codes, unit) for codes in several]).all(0)
+    assert kept.any()
+    return dout.masked_fill(~kept.unsqueeze(-1), 0.0)
 
 
 def published_block(

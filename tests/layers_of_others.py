@@ -76,3 +76,19 @@ def tokens(dtype=torch.float64):
 
 def types_of(model):
     return [type(m) for m in model.modules()]
+
+
+class Wide(nn.Module):
+    """The attributes of the published overcomplete block; forward without einsum."""
+
+    def __init__(self, dim=DIM, eta=0.1, lmbda=0.1):
+        super().__init__()
+        self.D = nn.Parameter(torch.randn(dim, 4 * dim) / (2 * dim) ** 0.5)
+        self.D1 = nn.Parameter(torch.randn(dim, 4 * dim) / (2 * dim) ** 0.5)
+        self.eta, self.lmbda = eta, lmbda
+
+    def forward(self, x):
+        z = F.relu(self.eta * (x @ self.D - self.lmbda))
+        rest = x - F.linear(z, self.D)
+        z = F.relu(z + self.eta * (rest @ self.D) - self.eta * self.lmbda)
+        return F.linear(z, self.D1)

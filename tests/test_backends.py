@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from helpers import ista_inputs, mssa_inputs
+from helpers import ista_inputs, mssa_inputs, overcomplete_inputs
 
 import crate_kernels
-from crate_kernels import backends, ista, mssa, tied_attention
+from crate_kernels import backends, ista, mssa, overcomplete_ista, tied_attention
 from crate_kernels.triton_common import dot_precision
 
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="Triton fits the CPU there")
@@ -24,11 +24,16 @@ def calls(dtype=torch.float32):
     """Every op with arguments that work, without a backend."""
     m = {k: t.to(dtype) for k, t in mssa_inputs(2, 5, 2, 4).items()}
     i = {k: t.to(dtype) for k, t in ista_inputs(2, 5, 8).items()}
+    wide = {k: t.to(dtype) for k, t in overcomplete_inputs(2, 5, 8).items()}
     return {
         "mssa": (mssa, {**m, "heads": 2}),
         "tied_attention": (tied_attention, {"w": m["x"], "heads": 2}),
         "ista": (ista, i),
+        "overcomplete_ista": (overcomplete_ista, wide),
     }
+
+
+OPS = ("mssa", "tied_attention", "ista", "overcomplete_ista")
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(backends, "_logged", set())
 
 
-@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+@pytest.mark.parametrize("op", OPS)
 def test_explain_on_the_cpu(op):
     _, given = calls()[op]
     found = crate_kernels.explain(op, **given)
@@ -76,7 +81,7 @@ def test_explain_does_not_compute():
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+@pytest.mark.parametrize("op", OPS)
 def test_a_gpu_backend_on_the_cpu_raises_with_every_reason(op, backend):
     function, given = calls(torch.float64)[op]
     with pytest.raises(ValueError, match=f"{op}: .*'{backend}'.*device cpu.*float64"):
@@ -125,6 +130,15 @@ def test_ista_that_the_cuda_kernels_take(dtype, d, against, on_hopper, fresh):
         assert reason.startswith(start)
 
 
+def test_overcomplete_ista_is_tritons(on_hopper, fresh):
+    given = {k: t.bfloat16() for k, t in overcomplete_inputs(5, 64).items()}
+    found = crate_kernels.explain("overcomplete_ista", **given)
+    assert found.chosen == "triton"
+    assert found.reasons["cuda"] == ("overcomplete_ista: no CUDA kernels are built for it",)
+    with pytest.raises(ValueError, match="no CUDA kernels are built for it"):
+        overcomplete_ista(**given, backend="cuda")
+
+
 def test_ista_of_few_tokens_stays_with_triton(on_hopper, fresh, monkeypatch):
     x, weight = torch.empty(1576, 768).bfloat16(), torch.empty(768, 768).bfloat16()
     found = crate_kernels.explain("ista", x, weight)
@@ -143,14 +157,14 @@ def test_autocast_decides_what_the_cuda_kernels_compute_in(on_hopper, fresh):
         assert crate_kernels.explain("mssa", x[None, :3], weight, heads=1).chosen == "cuda"
 
 
-@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+@pytest.mark.parametrize("op", OPS)
 def test_auto_equals_reference(op, fresh):
     function, given = calls()[op]
     assert torch.equal(function(**given), function(**given, backend="reference"))
     assert torch.equal(function(**given), function(**given, backend="auto"))
 
 
-@pytest.mark.parametrize("op", ["tied_attention", "ista"])
+@pytest.mark.parametrize("op", ["tied_attention", "ista", "overcomplete_ista"])
 def test_auto_says_so_once(op, fresh, caplog):
     function, given = calls()[op]
     with caplog.at_level(logging.INFO, logger="crate_kernels"):
@@ -169,7 +183,7 @@ def test_a_backend_by_name_is_not_logged(fresh, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("op", ["mssa", "tied_attention", "ista"])
+@pytest.mark.parametrize("op", OPS)
 def test_variable_replaces_auto_only(op, fresh, monkeypatch):
     function, given = calls()[op]
     monkeypatch.setenv(backends.BACKEND_VARIABLE, "triton")

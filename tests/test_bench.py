@@ -73,6 +73,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         layer("mssa", "forward+backward", "fp64"),
         layer("mssa", "forward", "fp64", causal=True),
         layer("ista", "forward+backward", "fp64"),
+        layer("overcomplete", "forward+backward", "fp64"),
         *(workloads.model("crate_tiny", mode, 17, dtype="fp32") for mode in ("forward", "train")),
     ],
     ids=lambda w: f"{w.suite} {w.label}",
@@ -93,7 +94,8 @@ def test_every_peer_computes_the_reference(
             try:
                 got = case.outputs(candidate(name, compile_backend="eager"))
             except peers.Unavailable:
-                unfit = "sdpa" in name and (w.suite == "ista" or name != "sdpa")
+                without_attention = w.suite in ("ista", "overcomplete")
+                unfit = "sdpa" in name and (without_attention or name != "sdpa")
                 of_models = name.removesuffix("+compile") in (peers.LOW, peers.NARROW)
                 assert unfit or of_models or name == peers.YARDSTICK
             else:
@@ -175,7 +177,7 @@ def spoiled(c: Candidate, spoil: Callable[[Tensor], Tensor]) -> Candidate:
 
 
 @pytest.mark.parametrize("how", WRONG)
-@pytest.mark.parametrize("suite", ["core", "mssa", "ista", "model"])
+@pytest.mark.parametrize("suite", ["core", "mssa", "ista", "model", "alpha"])
 def test_what_is_wrong_fails_and_gets_no_figure(
     suite: str,
     how: str,

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crate_kernels import bench, models
 from crate_kernels.__main__ import main
-from crate_kernels.bench import options, roofline, workloads
+from crate_kernels.bench import options, peers, roofline, workloads
 from crate_kernels.bench.run import Result
 from crate_kernels.bench.workloads import MODELS, Workload
 
@@ -145,6 +145,24 @@ def test_ours_is_always_among_the_candidates(argv: str, names: tuple[str, ...]) 
     assert [c.name for c in found if c.ours] == ["crate_kernels"]
 
 
+@pytest.mark.parametrize("size", ["--batch 3", "--batch 3 --width 24"])
+def test_a_suite_of_an_op_and_a_model(size: str) -> None:
+    """Options change those that they concern; each has its own peers."""
+    found = options.select(parse("--suite", "alpha", *size.split()), CPU)["alpha"]
+    width = 24 if "width" in size else 192
+    assert [w.label for w in found] == [
+        *(f"3x197x{width}x{4 * width} fp32 {mode}" for mode in ("forward", "forward+backward")),
+        *(f"crate_alpha_tiny 3 fp32 {mode}" for mode in ("train", "forward")),
+    ]
+    assert [peers.default_names(w, "cuda") for w in found[1:3]] == [
+        ("eager", "compile", "cublas", "crate_kernels"),
+        (
+            *("eager", "compile", "sdpa+compile"),
+            *("crate_kernels", "crate_kernels-low", "crate_kernels+compile"),
+        ),
+    ]
+
+
 # ---- the roofline
 
 
@@ -162,6 +180,9 @@ def test_ours_is_always_among_the_candidates(argv: str, names: tuple[str, ...]) 
         (("ista", "forward", 3), 300, 2 * 30 + 25, 0),
         (("ista", "backward", 3), 2 * 300 + 2 * 250, 4 * 30 + 2 * 25, 0),
         (("ista", "backward", 1), 2 * 100 + 2 * 100, 4 * 10 + 2 * 25, 0),
+        # A product with a dictionary, 100 elements, is 6 * 5 * 20 * 2 operations.
+        (("overcomplete", "forward", 3), 4 * 1200, 2 * 30 + 2 * 100, 0),
+        (("overcomplete", "backward", 3), 8 * 1200, 3 * 30 + 4 * 100, 0),
     ],
 )
 def test_costs_are_those_counted_by_hand(
@@ -193,7 +214,8 @@ def test_the_model_table_describes_the_models(name: str) -> None:
         model = getattr(models, name)()
         model(torch.empty(2, 3, 224, 224))
     assert round(sum(p.numel() for p in model.parameters()), -4) == shape.parameters
-    # The published ISTA has three products where one is needed.
+    # The published ISTA has three products where one is needed; the overcomplete one needs all.
     spared = shape.depth * 2 * (2 * 2 * workloads.TOKENS * shape.width**2)
+    spared = 0 if shape.overcomplete else spared
     cost = roofline.cost(workloads.model(name, "forward", 2))
     assert counter.get_total_flops() - spared == cost.flops

@@ -6,10 +6,17 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_equal_results, block_inputs, ista_inputs, mssa_inputs, results
+from helpers import (
+    assert_equal_results,
+    block_inputs,
+    ista_inputs,
+    mssa_inputs,
+    overcomplete_inputs,
+    results,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from crate_kernels import ista, mssa, tied_attention
+from crate_kernels import ista, mssa, overcomplete_ista, tied_attention
 from crate_kernels.block.op import PARAMETERS
 from crate_kernels.mssa import torch_kernels
 
@@ -86,6 +93,25 @@ def test_opcheck_crate_block(memory, c_dtype, out):
         torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
 
 
+@pytest.mark.parametrize("memory", ["default", "low", "none"])
+@pytest.mark.parametrize("c_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_opcheck_overcomplete_ista(memory, c_dtype, tied):
+    inputs = {k: t.float() for k, t in overcomplete_inputs(2, 5, 8, tied=tied).items()}
+    x, dictionary, decoder = (inputs.get(name) for name in ("x", "dictionary", "decoder"))
+    xc, rest = x.to(getattr(torch, c_dtype)), (0.1, 0.2, memory, "reference")
+    torch.library.opcheck(OPS.overcomplete_ista, (x, xc, dictionary, decoder, *rest))
+    if memory == "none":
+        return
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, dictionary, decoder)]
+    torch.library.opcheck(OPS.overcomplete_ista, (leaves[0], xc, *leaves[1:], *rest))
+    out, *kept = OPS.overcomplete_ista(x, xc, dictionary, decoder, *rest)
+    saved = (torch.randn_like(out), xc, *kept, dictionary, decoder)
+    for wants in ([True, True, not tied], [True, False, False], [False, True, False]):
+        options = (wants, 0.1, 0.2, x.dtype, memory, "reference")
+        torch.library.opcheck(OPS.overcomplete_ista_backward, (*saved, *options))
+
+
 def test_every_registered_op_is_checked_above():
     names = {name for name in torch._C._dispatch_get_all_op_names() if "crate_kernels::" in name}
     assert names == {
@@ -98,6 +124,8 @@ def test_every_registered_op_is_checked_above():
             "ista_apply",
             "crate_block",
             "crate_block_backward",
+            "overcomplete_ista",
+            "overcomplete_ista_backward",
         )
     }
 
@@ -116,6 +144,9 @@ def samples():
     }
     for form, shape in SMALL_ISTA.items():
         cases[f"ista by {form}"] = (ista, ista_inputs(*shape), {"step_size": 0.2})
+    for memory, tied in (("default", False), ("low", True)):
+        given = overcomplete_inputs(2, 6, 8, tied=tied)
+        cases[f"overcomplete {memory}"] = (overcomplete_ista, given, {"memory": memory})
     return cases
 
 
@@ -151,7 +182,10 @@ def test_fullgraph_under_autocast(name):
 
 
 @pytest.mark.parametrize("how", ["mark_dynamic", "dynamic=True"])
-@pytest.mark.parametrize("name", ["mssa", "tied_attention", "ista by gram", "ista by weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["mssa", "tied_attention", "ista by gram", "ista by weight", "overcomplete default"],
+)
 def test_any_number_of_tokens_with_one_graph(name, how):
     function, inputs, options = samples()[name]
     first = next(iter(inputs))  # x or w

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import crate_kernels
-from crate_kernels import ista, mssa, tied_attention
+from crate_kernels import ista, mssa, overcomplete_ista, tied_attention
 from crate_kernels.ista import gram_cache
 
 NAN, INF = float("nan"), float("inf")
@@ -123,13 +123,45 @@ ISTA = {
     "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
 }
 
-TABLES = {"mssa": (mssa, MSSA), "tied_attention": (tied_attention, CORE), "ista": (ista, ISTA)}
+OVERCOMPLETE = {
+    "dictionary of rank 1": ({"dictionary": zeros(8)}, ValueError, "dictionary of shape", "(8,)"),
+    "dictionary transposed": ({"dictionary": zeros(12, 8)}, ValueError, "decoder of", "(8, 12)"),
+    "dictionary empty": ({"dictionary": zeros(8, 0)}, ValueError, "M > 0", "(8, 0)"),
+    "decoder transposed": ({"decoder": zeros(12, 8)}, ValueError, "decoder of", "(12, 8)"),
+    "x of another width": ({"x": zeros(2, 5, 7)}, ValueError, "D = 8", "(2, 5, 7)"),
+    "x a scalar": ({"x": torch.tensor(1.0)}, ValueError, "x of shape (..., D)", "()"),
+    "no tokens": ({"x": zeros(2, 0, 8)}, ValueError, "N > 0", "(2, 0, 8)"),
+    "negative step": ({"step_size": -0.1}, ValueError, "step_size to be finite and >= 0", "-0.1"),
+    "lambda inf": ({"lambd": INF}, ValueError, "lambd to be finite", "inf"),
+    "lambda a bool": ({"lambd": True}, TypeError, "lambd to be a float", "bool"),
+    "memory": ({"memory": "none"}, ValueError, "memory to be one of ('default', 'low')", "'none'"),
+    "x None": ({"x": None}, TypeError, "x to be a torch.Tensor", "NoneType"),
+    "dictionary None": ({"dictionary": None}, TypeError, "dictionary to be", "NoneType"),
+    "integers": ({"x": zeros(2, 8, dtype=torch.uint8)}, TypeError, "x of dtype", "torch.uint8"),
+    "mixed dtypes": (
+        {"decoder": zeros(8, 12, dtype=torch.float64)},
+        TypeError,
+        "decoder of the dtype of x, torch.float32, when autocast is off",
+        "torch.float64",
+    ),
+    "mixed devices": ({"decoder": zeros(8, 12, device="meta")}, ValueError, "decoder on", "meta"),
+    "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
+}
+
+TABLES = {
+    "mssa": (mssa, MSSA),
+    "tied_attention": (tied_attention, CORE),
+    "ista": (ista, ISTA),
+    "overcomplete_ista": (overcomplete_ista, OVERCOMPLETE),
+}
 
 
 def working_call(op):
     x = torch.randn(2, 5, 8)
     if op == "mssa":
         return {**tensors(), "heads": 2}
+    if op == "overcomplete_ista":
+        return {"x": x, "dictionary": torch.randn(8, 12), "decoder": torch.randn(8, 12)}
     return {"w": x, "heads": 2} if op == "tied_attention" else {"x": x, "weight": torch.eye(8)}
 
 
@@ -169,7 +201,7 @@ def test_the_calls_work_without_the_change():
 @pytest.mark.parametrize("op", TABLES)
 def test_mixed_dtypes_are_welcome_under_autocast_but_for_float64(op):
     call = working_call(op)
-    name = {"mssa": "w_qkv", "tied_attention": None, "ista": "weight"}[op]
+    name = {"mssa": "w_qkv", "ista": "weight", "overcomplete_ista": "decoder"}.get(op)
     if name is None:
         return
     with torch.autocast("cpu", torch.bfloat16):

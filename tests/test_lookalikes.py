@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from layers_of_others import DIM, Attn, Sparse, like, stack, types_of
+from layers_of_others import DIM, Attn, Sparse, Wide, like, stack, types_of
 from torch import nn
 
 from crate_kernels.nn import fuse
@@ -180,6 +180,64 @@ FEED_FORWARD = {
 }
 
 
+def tied(self, x):
+    z = F.relu(self.eta * (x @ self.D - self.lmbda))
+    z = F.relu(z + self.eta * ((x - F.linear(z, self.D)) @ self.D) - self.eta * self.lmbda)
+    return F.linear(z, self.D)
+
+
+def one_step(self, x):
+    return F.linear(F.relu(self.eta * (x @ self.D - self.lmbda)), self.D1)
+
+
+def three_steps(self, x):
+    z = F.relu(self.eta * (x @ self.D - self.lmbda))
+    z = F.relu(z + self.eta * ((x - F.linear(z, self.D)) @ self.D) - self.eta * self.lmbda)
+    z = F.relu(z + self.eta * ((x - F.linear(z, self.D)) @ self.D) - self.eta * self.lmbda)
+    return F.linear(z, self.D1)
+
+
+def decoupled(self, x):
+    z = F.relu(self.eta * (x @ self.D - self.lmbda))
+    z = F.relu(z + self.eta * ((x - F.linear(z, self.D1)) @ self.D) - self.eta * self.lmbda)
+    return F.linear(z, self.D1)
+
+
+def with_residual(self, x):
+    z = F.relu(self.eta * (x @ self.D - self.lmbda))
+    z = F.relu(z + self.eta * ((x - F.linear(z, self.D)) @ self.D) - self.eta * self.lmbda)
+    return x + F.linear(z, self.D1)
+
+
+def thresholded_once(self, x):
+    z = F.relu(self.eta * (x @ self.D - self.lmbda))
+    z = F.relu(z + self.eta * ((x - F.linear(z, self.D)) @ self.D))
+    return F.linear(z, self.D1)
+
+
+def fixed_eta(self, x):
+    z = F.relu(0.1 * (x @ self.D - self.lmbda))
+    z = F.relu(z + 0.1 * ((x - F.linear(z, self.D)) @ self.D) - 0.1 * self.lmbda)
+    return F.linear(z, self.D1)
+
+
+def kept_code(self, x):
+    self.code = F.relu(self.eta * (x @ self.D - self.lmbda))
+    return F.linear(self.code, self.D1)
+
+
+OVERCOMPLETE = {
+    "tied": (tied, "computes something else than the published OvercompleteISTA"),
+    "one_step": (one_step, "computes something else"),
+    "three_steps": (three_steps, "computes something else"),
+    "decoupled": (decoupled, "computes something else"),
+    "with_residual": (with_residual, "computes something else"),
+    "thresholded_once": (thresholded_once, "computes something else"),
+    "fixed_eta": (fixed_eta, "computes something else"),
+    "kept_code": (kept_code, "uses code"),
+}
+
+
 def refused(model, words):
     """Fusing leaves this model exactly as it was, and says so in these words."""
     before = types_of(model)
@@ -201,6 +259,12 @@ def test_attention_lookalikes_are_left_alone(name):
 def test_feed_forward_lookalikes_are_left_alone(name):
     forward, words = FEED_FORWARD[name]
     refused(like(Sparse, forward=forward)(), words)
+
+
+@pytest.mark.parametrize("name", OVERCOMPLETE)
+def test_overcomplete_lookalikes_are_left_alone(name):
+    forward, words = OVERCOMPLETE[name]
+    refused(like(Wide, forward=forward)(), words)
 
 
 def test_subclasses_are_left_alone():
@@ -254,6 +318,13 @@ ALTERED = {
         lambda: altered(like(Sparse)(), step_size=torch.tensor(0.1)),
         "step_size to be a float >= 0, got Tensor",
     ),
+    "dictionaries apart": (
+        lambda: altered(Wide(), D1=nn.Parameter(torch.ones(4, 8))),
+        r"D and D1 of one shape \(d, m\), got \(12, 48\) and \(4, 8\)",
+    ),
+    "another child": (lambda: altered(Wide(), more=nn.Linear(2, 2)), "got .'D', 'D1', 'more"),
+    "learned eta": (lambda: altered(Wide(), eta=nn.Parameter(torch.ones(1))), "'D', 'D1', 'eta'"),
+    "negative eta": (lambda: altered(Wide(), eta=-0.1), "eta to be a float >= 0, got -0.1"),
     "negative lambd": (lambda: altered(Sparse(), lambd=-0.1), "lambd to be a float >= 0, got -0.1"),
 }
 

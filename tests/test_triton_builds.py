@@ -17,6 +17,7 @@ from crate_kernels import backends
 from crate_kernels.block import triton_kernels as block_kernels
 from crate_kernels.ista import triton_kernels as ista_kernels
 from crate_kernels.mssa import triton_kernels as mssa_kernels
+from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kernels
 from crate_kernels.patch_embedding import triton_kernels as stem_kernels
 
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="nothing is compiled there")
@@ -78,6 +79,18 @@ def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):
         stem_kernels.embed_backward(x, e, gamma, gamma, cls is not None, 1e-5)
 
 
+def launch_overcomplete(x_dtype, dtype, rows, d, m, transposed=False):
+    x, dictionary = meta(rows, d, dtype=dtype), meta(d, m, dtype=dtype)
+    if transposed:
+        dictionary = meta(m, d, dtype=dtype).mT
+    z1 = overcomplete_kernels.encode(x, dictionary, 0.1, 0.01)
+    r = overcomplete_kernels.residual(x.to(x_dtype), z1, dictionary)
+    z2 = overcomplete_kernels.refine(z1, r, dictionary, 0.1, 0.01)
+    e2 = overcomplete_kernels.refine_backward(x, dictionary, z2, 0.1)
+    e1 = overcomplete_kernels.encode_backward(e2, r, dictionary, z1, 0.1)
+    overcomplete_kernels.input_gradient(r, e1, dictionary, x_dtype)
+
+
 def check(builds, capability):
     assert builds
     for build in builds:
@@ -128,6 +141,19 @@ def test_passes_over_rows_build(capability, x_dtype):
     check(builds, capability)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)],
+)
+def test_overcomplete_ista_builds(capability, x_dtype, dtype):
+    with builds_for(capability) as builds:
+        for rows, d, m in [(25216, 768, 3072), (197, 20, 50)]:
+            launch_overcomplete(x_dtype, dtype, rows, d, m)
+        launch_overcomplete(x_dtype, dtype, 25216, 768, 3072, transposed=True)
+    check(builds, capability)
+
+
 def test_sizes_of_one_build():
     """Triton makes integer arguments equal to 1 constants: one image, head, token, column."""
     with builds_for((9, 0)) as builds:
@@ -138,6 +164,7 @@ def test_sizes_of_one_build():
         o, lse = mssa_kernels.forward(w, 1, 1.0, False)
         mssa_kernels.backward(w, w, o, lse, 1, 1.0, False)
         launch_ista(torch.float32, torch.bfloat16, 1, 1)
+        launch_overcomplete(torch.float32, torch.bfloat16, 1, 1, 8)
     check(builds, (9, 0))
 
 

@@ -19,17 +19,27 @@ from ..mssa.reference import (
     tied_attention_reference,
     tied_attention_reference_backward,
 )
+from ..overcomplete_ista.reference import (
+    overcomplete_ista_reference,
+    overcomplete_ista_reference_backward,
+)
 from .check import Outputs
 from .peers import LAMBD, STEP_SIZE, Candidate, build_unfused
 from .roofline import cost
 from .timing import Step, input_sets
-from .workloads import CLASSES, Workload
+from .workloads import CLASSES, RATIO, Workload
 
 MAX_SCORES = 1 << 27  # score elements of one step of the float64 reference (1 GiB)
 LEAVES = {
     "core": ("w",),
     "mssa": ("x", "w_qkv", "w_out", "b_out"),
     "ista": ("x", "weight"),
+    "overcomplete": ("x", "dictionary", "decoder"),
+}
+
+ISTAS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
+    "ista": (ista_reference, ista_reference_backward),
+    "overcomplete": (overcomplete_ista_reference, overcomplete_ista_reference_backward),
 }
 
 
@@ -79,6 +89,9 @@ class LayerCase:
                 uniform(inner**-0.5, w.width),
             ],
             "ista": lambda: [uniform((6 / w.width) ** 0.5, w.width, w.width)],
+            "overcomplete": lambda: [
+                uniform((6 / (RATIO * w.width)) ** 0.5, w.width, RATIO * w.width) for _ in range(2)
+            ],
         }[w.suite]()
         width, std = (inner, 3**-0.5) if w.suite == "core" else (w.width, 1.0)
         sets = input_sets(cost(w).bytes, device)
@@ -145,6 +158,8 @@ class LayerCase:
         weights = [t.double() for t in self.weights]
         if self.w.suite == "ista":
             self._keep_off_the_threshold(weights[0])
+        if self.w.suite == "overcomplete" and self.w.torch_dtype.itemsize >= 4:
+            self._keep_off_the_thresholds(weights[0])
         y, gradients = [], []
         for part in _chunks(self.w):
             x, dy = self.inputs[0][part].double(), self.upstream[0][part].double()
@@ -164,15 +179,26 @@ class LayerCase:
         near = before.abs() < 16 * torch.finfo(self.w.torch_dtype).eps
         self.upstream[0].masked_fill_(near, 0)
 
+    def _keep_off_the_thresholds(self, dictionary: Tensor) -> None:
+        """The same for overcomplete ISTA, by whole tokens: in half precision none would be left."""
+        threshold = STEP_SIZE * LAMBD
+        for x, dy in zip(self.inputs[0].unbind(), self.upstream[0].unbind(), strict=True):
+            x = x.double()
+            first = STEP_SIZE * (x @ dictionary) - threshold
+            z = F.relu(first)
+            second = z + STEP_SIZE * ((x - z @ dictionary.mT) @ dictionary) - threshold
+            nearest = torch.minimum(first.abs(), second.abs()).amin(-1, keepdim=True)
+            dy.masked_fill_(nearest < 16 * torch.finfo(self.w.torch_dtype).eps, 0)
+
     def _reference_forward(self, x: Tensor, *weights: Tensor) -> Tensor:
-        if self.w.suite == "ista":
-            return ista_reference(x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
+        if self.w.suite in ISTAS:
+            return ISTAS[self.w.suite][0](x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
         function = tied_attention_reference if self.w.suite == "core" else mssa_reference
         return function(x, *weights, heads=self.w.heads, causal=self.w.causal)
 
     def _reference_backward(self, dy: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        if self.w.suite == "ista":
-            return ista_reference_backward(dy, x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
+        if self.w.suite in ISTAS:
+            return ISTAS[self.w.suite][1](dy, x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
         heads, causal = self.w.heads, self.w.causal
         if self.w.suite == "core":
             return (tied_attention_reference_backward(dy, x, heads=heads, causal=causal),)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from .. import backends
-from .peers import CANDIDATES, OURS, Candidate, all_names, candidate
+from .peers import CANDIDATES, OURS, Candidate, all_names, candidate, default_names
 from .workloads import DTYPES, MODELS, MODES, SUITES, Workload, named_set
 
 SIZES = ("batch", "tokens", "heads", "head_dim", "width")
+ATTENTION = {"core", "mssa"}
 LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
 
 
@@ -22,7 +23,7 @@ LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, backend_names = parser.add_argument, ("auto", *backends.BACKENDS)
     add("--suite", nargs="+", default=["all"], choices=("all", *SUITES, "cpu"),
-        help="all: core, mssa, ista and model; cpu: model on the CPU")
+        help="all: these but cpu; alpha: CRATE-alpha, its ISTA and a model; cpu: model on the CPU")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--mode", nargs="+", choices=MODES,
         help="layers: forward, backward, forward+backward; model: forward, train")
@@ -100,7 +101,16 @@ def select(args: argparse.Namespace, device: torch.device) -> dict[str, list[Wor
 def _changed(
     workloads: tuple[Workload, ...], args: argparse.Namespace, device: torch.device
 ) -> list[Workload]:
-    """The set's workloads with the options' changes; sizes replace its shapes by one."""
+    """The set's workloads with the options' changes, those of an op or of models each by
+    themselves."""
+    parts = itertools.groupby(workloads, key=lambda w: w.suite)
+    return [w for _, part in parts for w in _changed_part(tuple(part), args, device)]
+
+
+def _changed_part(
+    workloads: tuple[Workload, ...], args: argparse.Namespace, device: torch.device
+) -> list[Workload]:
+    """Sizes replace the shapes by one."""
     is_model = workloads[0].suite == "model"
     first_shape = [w for w in workloads if w.shape == workloads[0].shape and not w.causal]
     resized = any(getattr(args, size) for size in (("batch",) if is_model else SIZES))
@@ -114,7 +124,7 @@ def _changed(
         axes |= {"batch": args.batch} if args.batch else {}
     else:
         axes |= {size: _listed(value) for size in SIZES if (value := getattr(args, size))}
-        axes |= {"causal": [True]} if args.causal and workloads[0].suite != "ista" else {}
+        axes |= {"causal": [True]} if args.causal and workloads[0].suite in ATTENTION else {}
         axes |= {"autocast": [True]} if args.autocast else {}
     axes |= {"dtype": [args.dtype]} if args.dtype else {}
     found = []
@@ -128,9 +138,9 @@ def _changed(
 
 def _refuse_what_has_no_effect(args: argparse.Namespace, suites: set[str]) -> None:
     """Options that none of the suites to be run knows."""
-    layers, attention = {"core", "mssa", "ista"}, {"core", "mssa"}
+    layers = {*ATTENTION, "ista", "overcomplete"}
     takers = dict.fromkeys(("tokens", "heads", "head_dim", "width", "autocast"), layers)
-    takers |= {"causal": attention, "model": {"model"}}
+    takers |= {"causal": ATTENTION, "model": {"model"}}
     for name, known in takers.items():
         if getattr(args, name) and not known & suites:
             option = f"--{name.replace('_', '-')}"
@@ -162,7 +172,7 @@ def _listed(value: Any) -> list[Any]:
 
 def candidates_for(w: Workload, device_type: str, args: argparse.Namespace) -> list[Candidate]:
     """The suite's peers, or those asked for, and ours."""
-    names = list(CANDIDATES[device_type][w.suite])
+    names = list(default_names(w, device_type))
     if args.quick and w.suite == "model":
         names = list(CANDIDATES["cpu"]["model"])
     if args.peers:

@@ -8,10 +8,11 @@ sdpa-flash
 crate_kernels  ours; of a model: after fuse(model)
 crate_kernels-low  a model after fuse(model, memory="low")
 eager-narrow   no peer but the measure of a model's errors: the published form with its tokens in
-               autocast's dtype between the steps too, where ours has them
+               autocast's dtype between the steps too, where ours has them (of CRATE-alpha: eager,
+               for there ours adds to tokens in float32)
 NAME+compile   NAME under torch.compile
 cublas         no peer but a yardstick for ISTA, not checked: bare GEMMs over the tokens, as many as
-               ISTA cannot do without (1 forward, 2 backward)
+               ISTA cannot do without (1 forward, 2 backward; overcomplete 4 and 8)
 """
 
 from __future__ import annotations
@@ -27,28 +28,37 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..library import autocast_dtype
 from ..models.crate import PreNorm, Transformer
-from .workloads import Workload
+from .workloads import MODELS, Workload
 
 OURS, YARDSTICK = "crate_kernels", "cublas"
 LOW, NARROW = f"{OURS}-low", "eager-narrow"
 STEP_SIZE, LAMBD = 0.1, 0.1
 
-# The default candidates of each suite, on CUDA and on the CPU.
+# The default candidates of each suite, on CUDA and on the CPU; alpha: of models of CRATE-alpha.
 CANDIDATES = {
     "cuda": {
         "core": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
         "mssa": ("eager", "sdpa+compile", OURS),
         "ista": ("eager", "compile", YARDSTICK, OURS),
         "model": ("eager", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
+        "overcomplete": ("eager", "compile", YARDSTICK, OURS),
+        "alpha": ("eager", "compile", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
     },
     "cpu": {
         "core": ("eager", "sdpa", OURS),
         "mssa": ("eager", "sdpa", OURS),
         "ista": ("eager", OURS),
         "model": ("eager", "sdpa", OURS),
+        "overcomplete": ("eager", OURS),
+        "alpha": ("eager", "sdpa", OURS),
     },
 }
 NAMES = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, LOW, YARDSTICK)
+
+
+def default_names(w: Workload, device_type: str) -> tuple[str, ...]:
+    alpha = w.suite == "model" and MODELS[w.model].overcomplete
+    return CANDIDATES[device_type]["alpha" if alpha else w.suite]
 
 
 class Unavailable(Exception):
@@ -97,7 +107,7 @@ def all_names() -> tuple[str, ...]:
 def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
     if form in (LOW, NARROW):
         raise Unavailable(f"{form} is a form of whole models")
-    if w.suite == "ista":
+    if w.suite in ("ista", "overcomplete"):
         return _ista(form, w, backend)
     if form == YARDSTICK:
         raise Unavailable("a yardstick for ISTA alone")
@@ -122,15 +132,18 @@ def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
 
 
 def _ista(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
+    wide = w.suite == "overcomplete"
     if form == "eager":
-        return published_ista
+        return published_overcomplete if wide else published_ista
     if form == YARDSTICK:
-        return bare_gemm
+        return bare_gemms if wide else bare_gemm
     if form != OURS:
         raise Unavailable("ISTA has no attention")
     from ..ista.op import ista
+    from ..overcomplete_ista.op import overcomplete_ista
 
-    return lambda x, weight: ista(x, weight, step_size=STEP_SIZE, lambd=LAMBD, backend=backend)
+    op: Callable[..., Tensor] = overcomplete_ista if wide else ista
+    return lambda *tensors: op(*tensors, step_size=STEP_SIZE, lambd=LAMBD, backend=backend)
 
 
 def published_attention(w: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -148,6 +161,21 @@ def published_ista(x: Tensor, weight: Tensor) -> Tensor:
     coded = F.linear(x, weight)
     descent = F.linear(x, weight.t()) - F.linear(coded, weight.t())
     return F.relu(x + (STEP_SIZE * descent - STEP_SIZE * LAMBD))
+
+
+def published_overcomplete(x: Tensor, dictionary: Tensor, decoder: Tensor) -> Tensor:
+    """The published four products, by einsum, with two thresholds."""
+    threshold = STEP_SIZE * LAMBD
+    z = F.relu(STEP_SIZE * torch.einsum("dm,btd->btm", dictionary, x) - threshold)
+    error = torch.einsum("dm,btm->btd", dictionary, z) - x
+    z = F.relu(z - STEP_SIZE * torch.einsum("dm,btd->btm", dictionary, error) - threshold)
+    return torch.einsum("dm,btm->btd", decoder, z)
+
+
+def bare_gemms(x: Tensor, dictionary: Tensor, decoder: Tensor) -> Tensor:
+    """x D D^T D D1^T: four products, and by autograd eight more."""
+    code = bare_gemm(x, dictionary)
+    return torch.matmul(torch.matmul(torch.matmul(code, dictionary.mT), dictionary), decoder.mT)
 
 
 def bare_gemm(x: Tensor, weight: Tensor) -> Tensor:

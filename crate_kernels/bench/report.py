@@ -167,7 +167,7 @@ def row(r: Result, machine: Machine) -> dict[str, Any]:
         "model": w.model,
         "batch": w.batch,
         "tokens": w.tokens,
-        "width": w.width if w.suite in ("mssa", "ista") else "",
+        "width": w.width if w.suite in ("mssa", "ista", "overcomplete") else "",
         "heads": w.heads if w.suite in ("core", "mssa") else "",
         "head_dim": w.head_dim if w.suite in ("core", "mssa") else "",
         "causal": int(w.causal),

@@ -11,8 +11,11 @@ tokens*(tokens+1)/2). A product of an m x k and a k x n matrix is 2 m k n operat
                      backward  attention + 4 GEMMs; x, dy, dx, weights, their gradients
     ista             forward   1 GEMM of T*D*D (G is constant without a gradient); x, y, W
                      backward  2 GEMMs + G and W(M + M^T), each min(T, D)*D*D; x, y, dy, dx, W, dW
-    model            depth * (mssa + ista) + stem + head; images, parameters, logits; a training
-                     step: AdamW reads 4 and writes 3 float32 tensors a parameter
+    overcomplete     forward   4 GEMMs of T*D*4D; x, y, D, D1
+                     backward  8 GEMMs; x, dy, dx, D, D1, their gradients
+    model            depth * (mssa + ista or overcomplete) + stem + head; images, parameters,
+                     logits; a training step: AdamW reads 4 and writes 3 float32 tensors a
+                     parameter
 
 Bytes count each tensor once: what stays inside an op need never leave the chip.
 """
@@ -25,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .workloads import CLASSES, MODELS, PATCH_WIDTH, TOKENS, Workload
+from .workloads import CLASSES, MODELS, PATCH_WIDTH, RATIO, TOKENS, Workload
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,17 @@ def _ista(w: Workload) -> tuple[Cost, Cost]:
     return Cost(gemm, 2 * x + weight), Cost(2 * gemm + 2 * square, 4 * x + 2 * weight)
 
 
+def _overcomplete(w: Workload) -> tuple[Cost, Cost]:
+    rows, size = w.batch * w.tokens, w.storage_dtype.itemsize
+    gemm = 2 * rows * w.width * RATIO * w.width
+    x, weights = rows * w.width * size, 2 * RATIO * w.width**2 * size
+    y = rows * w.width * w.torch_dtype.itemsize
+    return Cost(4 * gemm, x + y + weights), Cost(8 * gemm, 2 * x + y + 2 * weights)
+
+
 def _model(w: Workload) -> tuple[Cost, Cost]:
     shape = MODELS[w.model]
+    dictionary = _overcomplete if shape.overcomplete else _ista
     layer = replace(
         w, width=shape.width, heads=shape.heads, head_dim=shape.width // shape.heads, tokens=TOKENS
     )
@@ -90,7 +102,7 @@ def _model(w: Workload) -> tuple[Cost, Cost]:
     parameters, images = 4.0 * shape.parameters, 4 * rows * PATCH_WIDTH
     parts = []
     for i, (gemms, traffic) in enumerate(((1, 1), (2, 7))):
-        layers = (_mssa(layer)[i] + _ista(layer)[i]).times(shape.depth)
+        layers = (_mssa(layer)[i] + dictionary(layer)[i]).times(shape.depth)
         ends = Cost(gemms * stem_and_head, traffic * parameters + images)
         parts.append(replace_bytes(layers, 0) + ends)
     return parts[0], parts[1]
@@ -100,7 +112,13 @@ def replace_bytes(part: Cost, count: float) -> Cost:
     return Cost(part.flops, count, part.exponentials)
 
 
-_PARTS = {"core": _attention, "mssa": _mssa, "ista": _ista, "model": _model}
+_PARTS = {
+    "core": _attention,
+    "mssa": _mssa,
+    "ista": _ista,
+    "overcomplete": _overcomplete,
+    "model": _model,
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-SUITES = ("core", "mssa", "ista", "model")
+SUITES = ("core", "mssa", "ista", "model", "alpha")
 MODES = ("forward", "backward", "forward+backward", "train")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -19,6 +19,7 @@ class ModelShape:
     heads: int
     parameters: int
     batch: int  # of one measured step on a large GPU
+    overcomplete: bool = False  # CRATE-alpha
 
 
 # 224 pixels, patch 16: 196 patches and the class token.
@@ -28,15 +29,20 @@ MODELS = {
     "crate_small": ModelShape(576, 12, 12, 13_120_000, 256),
     "crate_base": ModelShape(768, 12, 12, 22_800_000, 256),
     "crate_large": ModelShape(1024, 24, 16, 77_640_000, 128),
+    "crate_alpha_tiny": ModelShape(192, 12, 3, 4_810_000, 512, True),
+    "crate_alpha_small": ModelShape(576, 12, 12, 40_980_000, 128, True),
+    "crate_alpha_base": ModelShape(768, 12, 12, 72_330_000, 128, True),
 }
+RATIO = 4  # columns of an overcomplete dictionary over its rows
 
 
 @dataclass(frozen=True)
 class Workload:
     """One row group of the tables: an op or model, a shape, a dtype and what is timed.
 
-    suite    core: tied_attention on w (batch, tokens, heads*head_dim); mssa and ista: the layers
-             without norm and residual on x (batch, tokens, width); model: a whole CRATE.
+    suite    core: tied_attention on w (batch, tokens, heads*head_dim); mssa, ista and overcomplete:
+             the layers without norm and residual on x (batch, tokens, width); model: a whole
+             CRATE or CRATE-alpha.
     mode     forward (no gradient wanted), backward (alone: every gradient from that of the
              output), forward+backward, train (model: forward, backward, fused AdamW).
     dtype    of every tensor; with autocast, tensors are float32 and dtype is autocast's. Models
@@ -76,6 +82,7 @@ class Workload:
             "core": (self.batch, self.tokens, self.heads, self.head_dim),
             "mssa": (self.batch, self.tokens, self.width, self.heads, self.head_dim),
             "ista": (self.batch, self.tokens, self.width),
+            "overcomplete": (self.batch, self.tokens, self.width, RATIO * self.width),
         }[self.suite]
         return "x".join(str(size) for size in sizes)
 
@@ -103,6 +110,16 @@ def core(
 def model(name: str, mode: str, batch: int = 0, **kw: Any) -> Workload:
     """A whole model; batch 0 takes the model's own."""
     return Workload("model", mode, batch or MODELS[name].batch, model=name, **kw)
+
+
+def alpha(name: str, batch: int, modes: dict[str, float], **kw: Any) -> tuple[Workload, ...]:
+    """The overcomplete ISTA of a CRATE-alpha, and the model, with a target for each mode of it."""
+    shape = Workload("overcomplete", "forward", batch, width=MODELS[name].width, **kw)
+    return (
+        shape,
+        replace(shape, mode="forward+backward"),
+        *(model(name, mode, batch, target=target or None, **kw) for mode, target in modes.items()),
+    )
 
 
 Set = dict[str, tuple[Workload, ...]]
@@ -133,6 +150,7 @@ H200: Set = {
         model("crate_small", "train", target=2.0),
         model("crate_tiny", "train", target=1.8),
     ),
+    "alpha": alpha("crate_alpha_base", 128, {"train": 1.4, "forward": 0}),
 }
 
 CPU: Set = {
@@ -149,6 +167,7 @@ CPU: Set = {
         model("crate_tiny", mode, 8, dtype="fp32", versus="eager", target=1.5)
         for mode in ("forward", "train")
     ),
+    "alpha": alpha("crate_alpha_tiny", 8, {"train": 0, "forward": 0}, dtype="fp32"),
 }
 
 QUICK_CUDA: Set = {
@@ -156,12 +175,14 @@ QUICK_CUDA: Set = {
     "mssa": H200["mssa"][1:],
     "ista": H200["ista"],
     "model": (model("crate_tiny", "train", 64),),
+    "alpha": alpha("crate_alpha_base", 128, {})[1:],
 }
 QUICK_CPU: Set = {
     "core": core(2, 50, 3, 0, 0, dtype="fp32"),
     "mssa": (Workload("mssa", "forward+backward", 2, 50, 3, width=192, dtype="fp32"),),
     "ista": (Workload("ista", "forward+backward", 2, width=192, dtype="fp32"),),
     "model": (model("crate_tiny", "forward", 2, dtype="fp32", versus="eager"),),
+    "alpha": alpha("crate_alpha_tiny", 2, {}, dtype="fp32")[1:],
 }
 
 

@@ -74,7 +74,10 @@ def _epilogue(
     RELU: tl.constexpr, MASK: tl.constexpr, PARTS: tl.constexpr, OUT_DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Write act(beta C + alpha acc - threshold), halving the columns until PARTS are done."""
+    """Write act(beta C + alpha acc - threshold), halving the columns until PARTS are done.
+
+    The mask is as in gemm_kernel.
+    """
     if PARTS > 1:
         halves = tl.permute(tl.reshape(acc, (ROWS, 2, COLS // 2)), (0, 2, 1))
         left, right = tl.split(halves)
@@ -87,13 +90,19 @@ def _epilogue(
             RELU, MASK, PARTS // 2, OUT_DTYPE, ROWS, COLS // 2, DESCRIBED,
         )  # fmt: skip
     else:
-        c = _load_tile(C, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED).to(tl.float32)
-        if MASK != "none":
-            y = _load_tile(Y, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED)
-            c = tl.where(y == 0 if MASK == "nonzero" else y <= 0, 0.0, c)
-        out = beta * c + alpha * acc - threshold
+        if C is None:
+            out = alpha * acc - threshold
+        else:
+            c = _load_tile(C, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED).to(tl.float32)
+            if MASK == "positive" or MASK == "nonzero":
+                y = _load_tile(Y, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED)
+                c = tl.where(y == 0 if MASK == "nonzero" else y <= 0, 0.0, c)
+            out = beta * c + alpha * acc - threshold
         if RELU:
             out = tl.where(out <= 0, 0.0, out)
+        if MASK == "result":
+            y = _load_tile(Y, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED)
+            out = tl.where(y <= 0, 0.0, out)
         out = out.to(OUT_DTYPE)
         if DESCRIBED:
             OUT.store([row, col], out)
@@ -106,17 +115,18 @@ def _epilogue(
 
 @triton.jit
 def gemm_kernel(
-    C, A, B, Y, CHANGED, OUT, n_rows, D, beta, alpha, threshold,
+    C, A, B, Y, CHANGED, OUT, n_rows, D, K, beta, alpha, threshold,
     stride_am, stride_ak, stride_bk, stride_bn, n_changed,
     RELU: tl.constexpr, MASK: tl.constexpr, FLAGS: tl.constexpr, OUT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     DESCRIBED: tl.constexpr, TRANSPOSE_A: tl.constexpr, TRANSPOSE_B: tl.constexpr,
     PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """OUT = act(beta C + alpha A B - threshold), for A, C, OUT (n_rows, D) and B (D, D).
+    """OUT = act(beta C + alpha A B - threshold): A (n_rows, K), B (K, D), C and OUT (n_rows, D).
 
-    RELU: act is relu, nan kept. MASK: C counts everywhere ("none"), where Y > 0 ("positive") or
-    where Y != 0 ("nonzero"). FLAGS (0: no condition): do nothing unless one of the n_changed <=
+    K and C may be None: K = D, C = 0. RELU: act is relu, nan kept. MASK: C counts everywhere
+    ("none"), where Y > 0 ("positive") or where Y != 0 ("nonzero"); or OUT is 0 but where Y > 0
+    ("result"), as nan is here. FLAGS (0: no condition): do nothing unless one of the n_changed <=
     FLAGS flags at CHANGED is set. DESCRIBED: the matrices are tensor descriptors, those of A^T and
     B^T where TRANSPOSE_A and TRANSPOSE_B. EARLY: launched before the kernel ahead of it ends.
     """
@@ -127,22 +137,25 @@ def gemm_kernel(
         flag = tl.arange(0, FLAGS)
         if tl.max(tl.load(CHANGED + flag, mask=flag < n_changed, other=0), 0) == 0:
             return
+    depth = D if K is None else K
     tiles_n = tl.cdiv(D, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M) * tiles_n, tl.num_programs(0)):
         row = (tile // tiles_n) * BLOCK_M  # neighbours share their rows of A
         col = (tile % tiles_n) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, D, BLOCK_K):
+        for k in range(0, depth, BLOCK_K):
             if TRANSPOSE_A:
                 a = tl.trans(A.load([k, row]))
             else:
                 a = _load_tile(
-                    A, row, k, n_rows, D, stride_am, stride_ak, BLOCK_M, BLOCK_K, DESCRIBED
+                    A, row, k, n_rows, depth, stride_am, stride_ak, BLOCK_M, BLOCK_K, DESCRIBED
                 )  # fmt: skip
             if TRANSPOSE_B:
                 b = tl.trans(B.load([col, k]))
             else:
-                b = _load_tile(B, k, col, D, D, stride_bk, stride_bn, BLOCK_K, BLOCK_N, DESCRIBED)
+                b = _load_tile(
+                    B, k, col, depth, D, stride_bk, stride_bn, BLOCK_K, BLOCK_N, DESCRIBED
+                )  # fmt: skip
             acc = dot(a, b, acc, PRECISION)
         _epilogue(
             acc, C, Y, OUT, row, col, n_rows, D, beta, alpha, threshold,
@@ -266,7 +279,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _gemm(
-    c: Tensor,
+    c: Tensor | None,
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -280,12 +293,15 @@ def _gemm(
     changed: Tensor | None = None,
     precision: str | None = None,
 ) -> None:
-    """out = act(beta c + alpha a b - threshold); c, y and out are contiguous, shaped as a."""
-    n_rows, d = a.shape
+    """out = act(beta c + alpha a b - threshold); c, y and out are contiguous, of as many elements.
+
+    c may be None: zero. mask is what gemm_kernel calls MASK.
+    """
+    (n_rows, k), d = a.shape, b.shape[1]
     if n_rows == 0:
         return
     matrices = [c, a, b, y, out]
-    aligned = d % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in matrices)
+    aligned = d % 8 == k % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in matrices)
     in_rows = all(t.is_contiguous() or t.mT.is_contiguous() for t in (a, b))
     can_describe = aligned and in_rows and has_bulk_copy(a)
     config = gemm_config(b.dtype, n_rows, d, can_describe)
@@ -296,9 +312,9 @@ def _gemm(
         tile_a = (config.block_m, config.block_k)
         tile_b = (config.block_k, config.block_n)
         matrices = [
-            _describe(c, d, part),
-            _describe(a.mT, n_rows, tile_a[::-1]) if transpose_a else _describe(a, d, tile_a),
-            _describe(b.mT, d, tile_b[::-1]) if transpose_b else _describe(b, d, tile_b),
+            None if c is None else _describe(c, d, part),
+            _describe(a.mT, n_rows, tile_a[::-1]) if transpose_a else _describe(a, k, tile_a),
+            _describe(b.mT, k, tile_b[::-1]) if transpose_b else _describe(b, d, tile_b),
             None if y is None else _describe(y, d, part),
             _describe(out, d, part),
         ]
@@ -308,7 +324,8 @@ def _gemm(
     grid = (min(tiles, 2 * multiprocessors(a)) if config.described else tiles,)
     with on_device_of(a):
         gemm_kernel[grid](
-            *matrices[:4], changed, matrices[4], n_rows, d, beta, alpha, threshold,
+            *matrices[:4], changed, matrices[4], n_rows, d, None if k == d else k,
+            beta, alpha, threshold,
             *a.stride(), *b.stride(), n_changed,
             RELU=relu, MASK=mask, FLAGS=triton.next_power_of_2(n_changed) if n_changed else 0,
             OUT_DTYPE=getattr(tl, str(out.dtype).removeprefix("torch.")),

@@ -1,8 +1,16 @@
-"""Models in published, unfused form: crate.py, mae.py; gpt.py on the causal ops.
+"""Models in published, unfused form: crate.py, alpha.py, mae.py; gpt.py on the causal ops.
 
 checkpoint.py loads what people have; timm_models.py, not imported here, registers with timm.
 """
 
+from .alpha import (
+    CRATEAlpha,
+    crate_alpha_base,
+    crate_alpha_huge,
+    crate_alpha_large,
+    crate_alpha_small,
+    crate_alpha_tiny,
+)
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
 from .gpt import CRATEGPT, crate_gpt
@@ -11,9 +19,15 @@ from .mae import MAEEncoderBlock
 __all__ = [
     "CRATE",
     "CRATEGPT",
+    "CRATEAlpha",
     "MAEEncoderBlock",
     "PreNorm",
     "Transformer",
+    "crate_alpha_base",
+    "crate_alpha_huge",
+    "crate_alpha_large",
+    "crate_alpha_small",
+    "crate_alpha_tiny",
     "crate_base",
     "crate_gpt",
     "crate_large",

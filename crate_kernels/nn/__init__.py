@@ -2,7 +2,14 @@
 
 from .encoder import Encoder
 from .fusion import Layer, Report, fuse, unfuse
-from .layers import ISTA, MSSA, Attention, FeedForward
+from .layers import (
+    ISTA,
+    MSSA,
+    Attention,
+    FeedForward,
+    OvercompleteFeedForward,
+    OvercompleteISTA,
+)
 from .patch_embedding import PatchEmbedding
 
 __all__ = [
@@ -12,6 +19,8 @@ __all__ = [
     "Encoder",
     "FeedForward",
     "Layer",
+    "OvercompleteFeedForward",
+    "OvercompleteISTA",
     "PatchEmbedding",
     "Report",
     "fuse",

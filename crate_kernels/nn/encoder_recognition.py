@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import ISTA, MSSA
+from .layers import ISTA, MSSA, OvercompleteISTA
 from .recognition import KEYWORDS, LOOP, Verdicts, against_class, against_code, holds, same, waves
 
 
@@ -26,7 +26,10 @@ def published_forward(
 
 
 def looks_like_encoder(module: nn.Module) -> bool:
-    """Whether it has layers of two steps, each with a norm and a fn: worth a verdict."""
+    """Whether it has layers of two steps, each with a norm and a fn: worth a verdict.
+
+    CRATE-alpha's, which adds its input to either step, is known by its dictionaries for another.
+    """
     layers = module._modules.get("layers")
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         return False
@@ -34,6 +37,7 @@ def looks_like_encoder(module: nn.Module) -> bool:
         isinstance(pair, nn.ModuleList)
         and len(pair) == 2
         and all(isinstance(s, nn.Module) and {"norm", "fn"} <= set(s._modules) for s in pair)
+        and not isinstance(pair[1].fn, OvercompleteISTA)
         for pair in layers
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..checks import refuse
 from .encoder import Encoder, check_memory, unfused_block_reason
 from .encoder_recognition import looks_like_encoder, reason_against_encoder
-from .layers import ISTA, MSSA, unfused_reason
+from .layers import ISTA, MSSA, OvercompleteISTA, unfused_reason
 from .patch_embedding import (
     PatchEmbedding,
     looks_like_stem,
@@ -23,13 +23,19 @@ from .patch_embedding import (
 )
 from .recognition import Verdicts, looks_like, reason_against
 
-KINDS: tuple[type[nn.Module], ...] = (PatchEmbedding, Encoder, MSSA, ISTA)
+KINDS: tuple[type[nn.Module], ...] = (
+    PatchEmbedding,
+    Encoder,
+    MSSA,
+    ISTA,
+    OvercompleteISTA,
+)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a report. ``kind`` is "MSSA", "ISTA", "Encoder" or "PatchEmbedding"; ``reason``
-    says why it was skipped, or what to know about a swapped one ("" if nothing)."""
+    """One layer of a report. ``kind`` names one of our modules; ``reason`` says why it was
+    skipped, or what to know about a swapped one ("" if nothing)."""
 
     name: str
     kind: str
@@ -65,21 +71,24 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     """Run the published MSSA and ISTA layers in ``model`` on this library's ops, from now on.
 
     An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
-    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each. The stem
-    ``to_patch_embedding`` becomes a :class:`PatchEmbedding`.
+    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each, as do those
+    of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`). The stem ``to_patch_embedding``
+    becomes a :class:`PatchEmbedding`.
 
     Layers are found by what they hold and compute, wherever they were defined: the published
-    CRATE and the encoder of CRATE-MAE, inside DataParallel and DistributedDataParallel too. What
-    only looks like one of them (another forward, a subclass, an instance whose forward was
-    replaced, other children) is left alone and reported. Modules change class in place: parameters,
-    optimizers, hooks, state-dict keys and mode stay. Works on meta-device models; a second call
-    finds nothing to do; a compiled model compiles itself again at its next call.
+    CRATE, CRATE-alpha and the encoder of CRATE-MAE, inside DataParallel and
+    DistributedDataParallel too. What only looks like one of them (another forward, a subclass, an
+    instance whose forward was replaced, other children) is left alone and reported. Modules change
+    class in place: parameters, optimizers, hooks, state-dict keys and mode stay. Works on
+    meta-device models; a second call finds nothing to do; a compiled model compiles itself again
+    at its next call.
 
     Args:
         model: any module.
-        memory: "default" or "low": what the layers of an encoder keep for the backward pass
-            (:func:`crate_kernels.crate_block`), those swapped before included. None leaves these
-            as they are, and takes "default" for others.
+        memory: "default" or "low": what the layers of an encoder and of CRATE-alpha keep for the
+            backward pass (:func:`crate_kernels.crate_block`,
+            :func:`crate_kernels.overcomplete_ista`), those swapped before included. None leaves
+            these as they are, and takes "default" for others.
 
     Returns:
         A printable report with ``replaced`` and ``skipped`` lists of layers, each with ``name``,
@@ -97,13 +106,17 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
         kind = looks_like(module)
         if kind is None:
             continue
-        fused = isinstance(module, (MSSA, ISTA))
+        fused = isinstance(module, (MSSA, ISTA, OvercompleteISTA))
         reason = "fused already" if fused else reason_against(module, kind, seen)
+        if isinstance(module, OvercompleteISTA) and memory is not None:
+            module.memory = memory
         if reason is not None:
             report.skipped.append(Layer(name, kind.__name__, reason))
             continue
         module._unfused_class = type(module)  # type: ignore[assignment]
         module.__class__ = kind
+        if isinstance(module, OvercompleteISTA):
+            module.memory = memory or "default"
         report.replaced.append(Layer(name, kind.__name__, _note(module)))
     for name, module in _layers("fuse", model):
         if isinstance(module, Encoder):
@@ -137,8 +150,8 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
 def unfuse(model: nn.Module) -> Report:
     """Give every layer that :func:`fuse` swapped its own class back, in place.
 
-    Those built as :class:`MSSA`, :class:`ISTA` or :class:`Encoder` had no other and are reported
-    as skipped.
+    Those built as :class:`MSSA`, :class:`ISTA`, :class:`OvercompleteISTA` or :class:`Encoder` had
+    no other and are reported as skipped.
 
     Raises:
         TypeError: model is not a torch.nn.Module.

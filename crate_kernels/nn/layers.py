@@ -1,6 +1,7 @@
-"""The published CRATE layers, plain (Attention, FeedForward) and on our ops (MSSA, ISTA).
+"""The published CRATE layers, plain (Attention, FeedForward, OvercompleteFeedForward) and on our
+ops (MSSA, ISTA, OvercompleteISTA).
 
-MSSA and ISTA are subclasses that only replace ``forward``: same parameters, attributes, keys and
+Those on our ops are subclasses that only replace ``forward``: same parameters, attributes, keys and
 initial values, and the plain forward to fall back on.
 """
 
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..checks import check_heads, check_number
+from ..checks import check_heads, check_number, refuse
 from ..ista.op import ista
 from ..mssa.op import mssa
+from ..overcomplete_ista.op import MEMORY, overcomplete_ista
 
 logger = logging.getLogger("crate_kernels")
 
@@ -33,6 +35,7 @@ class Attention(nn.Module):
         heads: number of heads H.
         dim_head: width of one head; :math:`s` = dim_head**-0.5.
         dropout: probability for the attention map and for the output.
+        out_bias: whether the output projection has the bias b; not in CRATE-alpha.
         device, dtype: of the parameters.
 
     Keys: ``qkv.weight`` (H*dim_head, D), ``to_out.0.weight`` (D, H*dim_head), ``to_out.0.bias``
@@ -48,6 +51,7 @@ class Attention(nn.Module):
         dim_head: int = 64,
         dropout: float = 0.0,
         *,
+        out_bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -61,7 +65,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
         self.to_out: nn.Module = nn.Identity()
         if not (heads == 1 and dim_head == dim):
-            out = nn.Linear(inner, dim, device=device, dtype=dtype)
+            out = nn.Linear(inner, dim, bias=out_bias, device=device, dtype=dtype)
             self.to_out = nn.Sequential(out, nn.Dropout(dropout))
 
     def forward(
@@ -128,6 +132,57 @@ class FeedForward(nn.Module):
         return f"{self.weight.shape[0]}, step_size={self.step_size:g}, lambd={self.lambd:g}"
 
 
+class OvercompleteFeedForward(nn.Module):
+    r"""The two ISTA steps of CRATE-alpha and their decoder, four GEMMs as published.
+
+    .. math:: z_1 = \mathrm{relu}(\eta\, x D - \eta \lambda), \qquad
+              z_2 = \mathrm{relu}(z_1 + \eta\, (x - z_1 D^T) D - \eta \lambda), \qquad
+              y = z_2 D_1^T
+
+    Args:
+        dim: width d of the tokens.
+        overcomplete_ratio: the dictionaries ``D`` and ``D1`` are (d, overcomplete_ratio * d).
+        eta: step size >= 0.
+        lmbda: sparsity penalty lambda >= 0.
+        device, dtype: of the parameters.
+
+    Source: arXiv 2405.20299, ODL block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        overcomplete_ratio: int = 4,
+        eta: float = 0.1,
+        lmbda: float = 0.1,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_number(type(self).__name__, "eta", eta)
+        check_number(type(self).__name__, "lmbda", lmbda)
+        shape = (dim, overcomplete_ratio * dim)
+        self.eta, self.lmbda = eta, lmbda
+        self.D = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.D1 = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        for dictionary in (self.D, self.D1):
+            nn.init.kaiming_uniform_(dictionary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> y (..., d)."""
+        # In the published order, so that rounding agrees to the last bit, gradients included.
+        threshold = self.eta * self.lmbda
+        z1 = F.relu(self.eta * torch.einsum("pd,...p->...d", self.D, x) - threshold)
+        error = torch.einsum("dp,...p->...d", self.D, z1) - x
+        z2 = F.relu(z1 - self.eta * torch.einsum("pd,...p->...d", self.D, error) - threshold)
+        return torch.einsum("dp,...p->...d", self.D1, z2)
+
+    def extra_repr(self) -> str:
+        d, m = self.D.shape
+        return f"{d}, {m}, eta={self.eta:g}, lmbda={self.lmbda:g}"
+
+
 class MSSA(Attention):
     """:class:`Attention` on :func:`crate_kernels.mssa`: formula, arguments and keys are its own.
 
@@ -166,6 +221,32 @@ class ISTA(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         return ista(x, self.weight, step_size=self.step_size, lambd=self.lambd)
+
+
+class OvercompleteISTA(OvercompleteFeedForward):
+    """:class:`OvercompleteFeedForward` on :func:`crate_kernels.overcomplete_ista`; formula,
+    arguments and keys are its own.
+
+    Dtypes and errors: as in :func:`crate_kernels.overcomplete_ista`.
+    """
+
+    _memory = "default"
+
+    @property
+    def memory(self) -> str:
+        """What is kept for the backward pass, "default" or "low"; may be set."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        if value not in MEMORY:
+            refuse(type(self).__name__, f"memory to be one of {MEMORY}", repr(value))
+        self._memory = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return overcomplete_ista(
+            x, self.D, self.D1, step_size=self.eta, lambd=self.lmbda, memory=self.memory
+        )
 
 
 def unfused_reason(layer: MSSA) -> str | None:

@@ -1,10 +1,10 @@
-"""Is this module the published MSSA or ISTA layer? Decided by structure and code, not by import.
+"""Is this module a published MSSA or ISTA layer? Decided by structure and code, not by import.
 
 Three tests, all strict: what the module holds (:func:`_against_attention`,
-:func:`_against_feed_forward`), what its class says (:func:`against_class`,
-:func:`against_code`: a short straight forward that stores nothing and branches on nothing but
-its flags), and what that forward computes (:func:`_against_result`: run in float64 with stand-ins
-for the children, against our own).
+:func:`_against_feed_forward`, :func:`_against_overcomplete`), what its class says
+(:func:`against_class`, :func:`against_code`: a short straight forward that stores nothing and
+branches on nothing but its flags), and what that forward computes (:func:`_against_result`: run in
+float64 with stand-ins for the children, against our own).
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ISTA, MSSA, Attention, FeedForward
+from .layers import (
+    ISTA,
+    MSSA,
+    Attention,
+    FeedForward,
+    OvercompleteFeedForward,
+    OvercompleteISTA,
+)
 
 # What a class may define besides forward: nothing else would survive the change of class.
 _CLASS_NAMES = {"__init__", "forward", "extra_repr", "__doc__", "__module__", "__qualname__"}
@@ -35,6 +42,8 @@ _ATTENTION_NAMES = _MODULE_NAMES | _SHAPE_NAMES | _PRODUCT_NAMES
 _ATTENTION_NAMES |= {"qkv", "heads", "scale", "attend", "dropout", "to_out"}
 _FEED_FORWARD_NAMES = _MODULE_NAMES | _SHAPE_NAMES | _PRODUCT_NAMES
 _FEED_FORWARD_NAMES |= {"weight", "step_size", "lambd", "linear", "relu"}
+_OVERCOMPLETE_NAMES = _MODULE_NAMES | _SHAPE_NAMES | _PRODUCT_NAMES
+_OVERCOMPLETE_NAMES |= {"D", "D1", "eta", "lmbda", "linear", "relu"}
 
 _FLAGS = ("return_attention", "return_key")
 _FLAG_SET = frozenset(_FLAGS)
@@ -58,18 +67,21 @@ KEYWORDS = frozenset({"BUILD_MAP", "DICT_MERGE", "CALL_FUNCTION_EX"})
 _IGNORED = {"CACHE", "EXTENDED_ARG", "TO_BOOL", "NOP", "NOT_TAKEN"}
 
 Verdicts = dict[Any, "str | None"]
+Kind = type[MSSA] | type[ISTA] | type[OvercompleteISTA]
 
 
-def looks_like(module: nn.Module) -> type[MSSA] | type[ISTA] | None:
+def looks_like(module: nn.Module) -> Kind | None:
     """Which of our layers this module has the attributes of, if any: worth a verdict."""
     if all(_has(module, name) for name in ("heads", "scale", "attend", "qkv", "to_out")):
         return MSSA
     if all(_has(module, name) for name in ("weight", "step_size", "lambd")):
         return ISTA
+    if all(_has(module, name) for name in ("D", "D1", "eta", "lmbda")):
+        return OvercompleteISTA
     return None
 
 
-def reason_against(module: nn.Module, kind: type[MSSA] | type[ISTA], seen: Verdicts) -> str | None:
+def reason_against(module: nn.Module, kind: Kind, seen: Verdicts) -> str | None:
     """Why ``module`` is not the published layer that ``kind`` stands for; None if it is.
 
     ``seen`` keeps the verdict on each forward function, for models of many equal layers.
@@ -79,13 +91,16 @@ def reason_against(module: nn.Module, kind: type[MSSA] | type[ISTA], seen: Verdi
         return reason
     if "forward" in vars(module):
         return "the forward of this instance was replaced"
-    against = _against_attention if kind is MSSA else _against_feed_forward
+    against, names = {
+        MSSA: (_against_attention, _ATTENTION_NAMES),
+        ISTA: (_against_feed_forward, _FEED_FORWARD_NAMES),
+        OvercompleteISTA: (_against_overcomplete, _OVERCOMPLETE_NAMES),
+    }[kind]
     reason = against(module)
     if reason is not None:
         return reason
     forward = type(module).__dict__["forward"]
     if forward not in seen:
-        names = _ATTENTION_NAMES if kind is MSSA else _FEED_FORWARD_NAMES
         reason = against_code(forward, names, kind is MSSA, frozenset())
         seen[forward] = reason or _against_result(forward, kind)
     return seen[forward]
@@ -137,12 +152,28 @@ def _against_attention(module: nn.Module) -> str | None:
 def _against_feed_forward(module: nn.Module) -> str | None:
     if set(module._parameters) != {"weight"} or module._modules or module._buffers:
         return holds(module, {"weight"})
-    weight = module._parameters["weight"]
+    weight: Any = module._parameters["weight"]
     if type(weight) is not nn.Parameter:
         return f"expected weight to be a plain nn.Parameter, got {type(weight).__name__}"
     if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
         return f"expected weight of shape (D, D), got {tuple(weight.shape)}"
-    for name in ("step_size", "lambd"):
+    return _against_numbers(module, "step_size", "lambd")
+
+
+def _against_overcomplete(module: nn.Module) -> str | None:
+    if set(module._parameters) != {"D", "D1"} or module._modules or module._buffers:
+        return holds(module, {"D", "D1"})
+    for name, t in module._parameters.items():
+        if type(t) is not nn.Parameter:
+            return f"expected {name} to be a plain nn.Parameter, got {type(t).__name__}"
+    shapes = [tuple(t.shape) for t in module._parameters.values() if t is not None]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        return f"expected D and D1 of one shape (d, m), got {shapes[0]} and {shapes[1]}"
+    return _against_numbers(module, "eta", "lmbda")
+
+
+def _against_numbers(module: nn.Module, *names: str) -> str | None:
+    for name in names:
         value = vars(module).get(name)
         if not _is_number(value) or value < 0:
             return f"expected {name} to be a float >= 0, got {_shown(value)}"
@@ -243,13 +274,15 @@ def _known_global(forward: types.FunctionType, name: str) -> bool:
 # ---- what its forward computes
 
 
-def _against_result(forward: types.FunctionType, kind: type[MSSA] | type[ISTA]) -> str | None:
+def _against_result(forward: types.FunctionType, kind: Kind) -> str | None:
     """Run it on stand-ins for ``self``: no parameter, hook, random state or gradient is touched."""
-    if kind is MSSA:
-        own: Callable[..., Tensor] = Attention.forward
-        layer = _attention_stand_in()
-    else:
-        own, layer = FeedForward.forward, _feed_forward_stand_in()
+    forms: dict[Kind, tuple[Callable[..., Tensor], Callable[[], types.SimpleNamespace]]] = {
+        MSSA: (Attention.forward, _attention_stand_in),
+        ISTA: (FeedForward.forward, _feed_forward_stand_in),
+        OvercompleteISTA: (OvercompleteFeedForward.forward, _overcomplete_stand_in),
+    }
+    own, stand_in = forms[kind]
+    layer = stand_in()
     flags = forward.__code__.co_varnames[2 : forward.__code__.co_argcount]
     calls: list[dict[str, bool]] = [{}, *({flag: True} for flag in flags)]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -285,6 +318,11 @@ def _attention_stand_in() -> types.SimpleNamespace:
 
 def _feed_forward_stand_in() -> types.SimpleNamespace:
     return types.SimpleNamespace(weight=waves(_DIM, _DIM), step_size=0.23, lambd=0.31)
+
+
+def _overcomplete_stand_in() -> types.SimpleNamespace:
+    other = waves(3 * _DIM, _DIM).mT.contiguous()
+    return types.SimpleNamespace(D=waves(_DIM, 3 * _DIM), D1=other, eta=0.23, lmbda=0.31)
 
 
 def waves(*shape: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Overcomplete ISTA: reference.py (the maths), op.py (the public function), *_kernels.py."""
