@@ -4,7 +4,7 @@
         model(x)
     print(t.table())
 
-Reading order: measures.py (the formulas), places.py (where tokens can be seen), trace.py,
+Reading order: measures.py (the formulas), places.py (where tokens can be seen), tracing.py,
 report.py; inspect.py is the command. Derivations: docs/whitebox.md.
 """
 
@@ -16,7 +16,7 @@ from .measures import (
     subspace_coherence,
 )
 from .report import Row, Table
-from .trace import Trace, trace
+from .tracing import Trace, trace
 
 __all__ = [
     "Row",

@@ -7,7 +7,7 @@ these modules themselves, which neither MSSA nor ISTA takes as a reason to run u
 
 from __future__ import annotations
 
-import os.path
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,23 +24,27 @@ from ..nn.recognition import Verdicts, looks_like, reason_against
 
 @dataclass
 class Place:
-    """One layer: what holds it, and its two steps. ``index`` is its place in an Encoder."""
+    """One layer: its two steps, as far as there are. ``index`` is its place in an Encoder."""
 
     name: str
-    attention: nn.Module
+    attention: nn.Module | None
     dictionary: nn.Module | None = None
     encoder: Encoder | None = None
     index: int = 0
 
     @property
     def heads(self) -> int:
-        attention: Any = self.attention
-        return attention.heads
+        return getattr(self.attention, "heads", 0)
 
     @property
-    def subspaces(self) -> Tensor:
-        """(H, p, D), the projection of each head."""
-        return projection(self.attention).weight.unflatten(0, (self.heads, -1))
+    def subspaces(self) -> Tensor | None:
+        """(H, p, D), the projection of each head; None where no weight holds them."""
+        if self.attention is None:
+            return None
+        weight = getattr(projection(self.attention), "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            return None
+        return weight.detach().unflatten(0, (self.heads, -1))
 
 
 @dataclass
@@ -56,7 +60,9 @@ def find(model: nn.Module) -> Found:
 
     Weights that several layers share count for each of them.
     """
-    found, seen, inside = Found(), {}, ()  # type: tuple[Found, Verdicts, tuple[str, ...]]
+    found = Found()
+    seen: Verdicts = {}
+    inside: tuple[str, ...] = ()  # of the encoders so far, what their modules' names begin with
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(inside):
             continue
@@ -68,18 +74,20 @@ def find(model: nn.Module) -> Found:
                 if isinstance(attn.fn, Attention):
                     found.places.append(Place(label, attn.fn, ff.fn, module, i))
                 else:
-                    reason = f"its attention step is now {type(attn.fn).__name__}"
-                    found.skipped.append(Layer(label, "Encoder", reason))
+                    now = f"its attention step is now {type(attn.fn).__name__}"
+                    found.skipped.append(Layer(label, "Encoder", now))
             continue
         kind, reason = _kind(module, seen)
         if reason is not None:
             found.skipped.append(Layer(name, kind.__name__, reason))
         elif kind is MSSA:
             found.places.append(Place(name, module))
-        elif kind is ISTA and found.places and found.places[-1].dictionary is None:
-            place = found.places[-1]
-            place.dictionary = module
-            place.name = _common(place.name, name)
+        elif kind is ISTA:
+            last = found.places[-1] if found.places else None
+            if last is None or last.dictionary is not None:
+                found.places.append(Place(name, None, module))
+            else:
+                last.dictionary, last.name = module, _common(last.name, name)
     return found
 
 
@@ -95,7 +103,8 @@ def _kind(module: nn.Module, seen: Verdicts) -> tuple[Any, str | None]:
 
 def _common(first: str, second: str) -> str:
     """The module that holds both; ``first`` where it is the model itself."""
-    parts = os.path.commonprefix([first.split("."), second.split(".")])
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    parts = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     return ".".join(parts) or first
 
 

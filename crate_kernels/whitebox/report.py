@@ -114,7 +114,7 @@ class Table:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Rates and the fraction of nonzeros over the layers, bars one standard deviation each."""
         panels = [
-            ("coding rate, nats", {"coding_rate": "R", "compressed_rate": "R^c"}),
+            ("coding rate, nats", {"coding_rate": "$R(Z)$", "compressed_rate": "$R^c(Z; U)$"}),
             ("fraction of nonzeros after ISTA", {"nonzeros": "nonzeros"}),
         ]
         panels = [

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ _RATE, _RATES, _ZEROS, _ROWS = "coding_rate", "compressed_rates", "sparsity", "a
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionRows:
     """Which rows of the attention maps to keep; None: all heads, all layers."""
 
     heads: tuple[int, ...] | None = None
@@ -38,11 +38,11 @@ class Attention:
     layers: tuple[int, ...] | None = None
 
     @staticmethod
-    def of(option: Any) -> Attention | None:
+    def of(option: Any) -> AttentionRows | None:
         if option is None or option is False:
             return None
         if option is True:
-            return Attention()
+            return AttentionRows()
         known = ("heads", "queries", "layers")
         if not isinstance(option, Mapping) or not set(option) <= set(known):
             got = sorted(option) if isinstance(option, Mapping) else type(option).__name__
@@ -55,7 +55,7 @@ class Attention:
             if not whole or not value or not all(type(i) is int for i in value):
                 refuse("trace", f"attention's {name} to be a list of ints", repr(value))
             chosen[name] = tuple(value)
-        return Attention(**chosen)
+        return AttentionRows(**chosen)
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Trace:
         rate: bool,
         sparsity: bool,
         coherence: bool,
-        attention: Attention | None,
+        attention: AttentionRows | None,
         samples: int | None,
         eps: float,
         normalise: bool,
@@ -183,9 +183,9 @@ class Trace:
                 turns = encoders.setdefault(place.encoder, {})
                 turns.setdefault(place.index, _Turns()).layers.append(layer)
                 continue
-            modules.setdefault((place.attention, False), _Turns()).layers.append(layer)
-            if place.dictionary is not None:
-                modules.setdefault((place.dictionary, True), _Turns()).layers.append(layer)
+            for module, after in ((place.attention, False), (place.dictionary, True)):
+                if module is not None:
+                    modules.setdefault((module, after), _Turns()).layers.append(layer)
         for encoder, turns in encoders.items():
             observer = functools.partial(self._after_layer, turns)
             exits.enter_context(encoder.observed(observer))
@@ -197,10 +197,10 @@ class Trace:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             exits.callback(handle.remove)
 
-    @torch.no_grad()
     def _measure_coherence(self) -> None:
         for layer, place in enumerate(self._places):
-            self._coherence[layer] = measures.subspace_coherence(place.subspaces.detach())
+            if place.subspaces is not None:
+                self._coherence[layer] = measures.subspace_coherence(place.subspaces)
 
     # ---- what is called while the model runs; nothing here waits for the device
 
@@ -256,7 +256,7 @@ class Trace:
     # ---- what was found; this waits for the device
 
     def values(self, measure: str, layer: int) -> Tensor:
-        """One number for each sample, in the order of the batches: (samples,) in float64 on the CPU.
+        """One number for each sample, as the batches came: (samples,), float64 on the CPU.
 
         Args:
             measure: "coding_rate", "compressed_rate", "rate_reduction" (their difference),
@@ -332,9 +332,9 @@ class Trace:
         return layer % count
 
     def _pieces(self, layer: int, measure: str) -> list[Tensor]:
-        """On the CPU; of several devices (DataParallel) one of each in turn, as batches were split."""
+        """On the CPU; of several devices one of each in turn, as DataParallel splits batches."""
         several = []
-        for device in sorted(self._stores, key=str):
+        for device in sorted(self._stores, key=lambda d: d.index or 0):
             self._stores[device].flush()
             several.append(self._stores[device].found.get((layer, measure), []))
         turns = itertools.zip_longest(*several)
@@ -412,7 +412,7 @@ def trace(
         rate=rate,
         sparsity=sparsity,
         coherence=coherence,
-        attention=Attention.of(attention),
+        attention=AttentionRows.of(attention),
         samples=samples,
         eps=eps,
         normalise=normalise,
