@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
+from helpers import calls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from crate_kernels import models
 from crate_kernels.models.crate import PreNorm, Transformer
@@ -33,25 +33,6 @@ def with_gradients(model, x):
     y = model(x)
     (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum().backward()
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
-
-
-class Calls(TorchDispatchMode):
-    """How often each op of this package is called."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "crate_kernels":
-            self.count[op._opname] = self.count.get(op._opname, 0) + 1
-        return op(*args, **(kwargs or {}))
-
-
-def calls(model, x):
-    with Calls() as seen:
-        y = model(x)
-    return y, seen.count
 
 
 @pytest.mark.parametrize("memory", ["default", "low"])

@@ -10,16 +10,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_as_close_as_plain, calls
+from layers_of_others import Attn, like, stack
+from layers_of_others import tokens as tokens_of_others
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import fuse, models, whitebox
 from crate_kernels.models.crate import Transformer
 from crate_kernels.whitebox import trace
-from tests.helpers import assert_as_close_as_plain
-from tests.layers_of_others import Attn, like, stack
-from tests.layers_of_others import tokens as tokens_of_others
-from tests.test_encoder import calls
 
 DIM, HEADS, DIM_HEAD, DEPTH = 12, 3, 4, 3
 
@@ -304,7 +303,9 @@ def test_determinants_are_taken_together(monkeypatch):
     sizes = []
     half_logdet = whitebox.measures.half_logdet
     monkeypatch.setattr(
-        whitebox.measures, "half_logdet", lambda m: sizes.append(tuple(m.shape)) or half_logdet(m)
+        whitebox.measures,
+        "half_logdet",
+        lambda m, factor: sizes.append(tuple(m.shape)) or half_logdet(m, factor),
     )
     model = transformer()
     with trace(model) as t:

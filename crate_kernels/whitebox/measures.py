@@ -7,7 +7,6 @@ docs/whitebox.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,9 @@ def coding_rate(z: Tensor, eps: float = EPS, *, normalise: bool = True) -> Tenso
 
     Source: arXiv 2306.01129 and 2311.13110, section 2.
     """
-    return half_logdet(scaled_gram(z, eps, normalise=normalise))
+    check_number("coding_rate", "eps", eps, above_zero=True)
+    products = gram(z, normalise=normalise)
+    return half_logdet(products, gram_factor(z, eps))
 
 
 def compressed_rate(w: Tensor, eps: float = EPS, *, normalise: bool = True) -> Tensor:
@@ -73,7 +74,7 @@ def sparsity(z: Tensor) -> Tensor:
     """
     if z.dim() < 2 or z.shape[-1] == 0 or z.shape[-2] == 0:
         refuse("sparsity", "z of shape (..., N, d) with N > 0 and d > 0", tuple(z.shape))
-    return (z == 0).sum((-2, -1)).double() / (z.shape[-2] * z.shape[-1])
+    return (z == 0).mean((-2, -1), dtype=torch.float64)
 
 
 def subspace_coherence(u: Tensor) -> Tensor:
@@ -138,41 +139,45 @@ def attention_rows(
         return scores.softmax(-1)
 
 
-# ---- the two halves of coding_rate, for whoever wants many determinants at once
+# ---- the parts of coding_rate, for whoever wants many determinants at once
 
 
-def scaled_gram(z: Tensor, eps: float = EPS, *, normalise: bool = True) -> Tensor:
-    """d / (N eps) Z^T Z or, where N < d, d / (N eps) Z Z^T; z as in :func:`coding_rate`."""
-    check_number("coding_rate", "eps", eps, above_zero=True)
+def gram(z: Tensor, *, normalise: bool = True) -> Tensor:
+    """Z^T Z or, where N < d, Z Z^T; z as in :func:`coding_rate`."""
     if not isinstance(z, Tensor) or z.dtype not in FLOATS:
         kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
         refuse("coding_rate", "z to be a floating torch.Tensor", kind, TypeError)
     if z.dim() < 2 or z.shape[-1] == 0 or z.shape[-2] == 0:
         refuse("coding_rate", "z of shape (..., N, d) with N > 0 and d > 0", tuple(z.shape))
     n, d = z.shape[-2:]
+    wide = torch.promote_types(z.dtype, torch.float32)
+    differentiable = torch.is_grad_enabled() and z.requires_grad
+    # Entries are at most 1 then: float16 rounds them no coarser than bfloat16 z was.
+    narrow = normalise and z.is_cuda and z.element_size() == 2 and not differentiable
     with autocast_off(z.device.type):
-        rows = _wide(z)
-        out: dict[str, Any] = {}
         if normalise:
-            norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-            rows = rows / torch.where(norms == 0, 1.0, norms)
-            differentiable = torch.is_grad_enabled() and z.requires_grad
-            if z.is_cuda and z.element_size() == 2 and not differentiable:
-                # Entries are at most 1: float16 rounds them no coarser than bfloat16 z was.
-                rows, out = rows.half(), {"out_dtype": torch.float32}
-        flat = rows.reshape(-1, n, d)
-        pair = (flat.mT, flat) if d <= n else (flat, flat.mT)
-        return d / (n * eps) * torch.bmm(*pair, **out).view(*z.shape[:-2], min(n, d), min(n, d))
+            norms = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=wide)
+            z = z / norms.clamp(min=torch.finfo(wide).tiny)
+        dtype = torch.float16 if narrow else wide
+        rows = z.to(dtype, memory_format=torch.contiguous_format).reshape(-1, n, d)
+        left, right = (rows.mT, rows) if d <= n else (rows, rows.mT)
+        products = torch.bmm(left, right, wide) if narrow else torch.bmm(left, right)
+        return products.view(*z.shape[:-2], *products.shape[1:])
 
 
-def half_logdet(gram: Tensor) -> Tensor:
-    """1/2 logdet(I + gram) for (..., s, s), symmetric and positive semidefinite, by Cholesky.
+def gram_factor(z: Tensor, eps: float) -> float:
+    """d / (N eps), by which :func:`coding_rate` multiplies the Gram matrix."""
+    return z.shape[-1] / (z.shape[-2] * eps)
 
-    nan where I + gram is not positive definite. Does not wait for the device.
+
+def half_logdet(gram: Tensor, factor: float) -> Tensor:
+    """1/2 logdet(I + factor gram) for (..., s, s), symmetric, positive semidefinite; by Cholesky.
+
+    nan where the matrix is not positive definite. Does not wait for the device.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(gram + identity)
-    found = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    lower, info = torch.linalg.cholesky_ex(torch.add(identity, gram, alpha=factor))
+    found = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return torch.where(info == 0, found, torch.nan)
 
 

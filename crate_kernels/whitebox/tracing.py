@@ -63,15 +63,15 @@ class _Store:
     """What was found on one device, in the order in which it was found."""
 
     found: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
-    pending: list[tuple[int, str, Tensor]] = field(default_factory=list)
+    pending: list[tuple[int, str, Tensor, float]] = field(default_factory=list)
     bytes: int = 0
 
     def add(self, layer: int, measure: str, value: Tensor) -> None:
         self.found.setdefault((layer, measure), []).append(value)
 
-    def postpone(self, layer: int, measure: str, gram: Tensor) -> None:
-        """``gram`` of :func:`measures.scaled_gram`, to become half a log-determinant."""
-        self.pending.append((layer, measure, gram))
+    def postpone(self, layer: int, measure: str, gram: Tensor, factor: float) -> None:
+        """To become ``measures.half_logdet(gram, factor)``."""
+        self.pending.append((layer, measure, gram, factor))
         self.bytes += gram.numel() * gram.element_size()
         if self.bytes > PENDING:
             self.flush()
@@ -79,17 +79,18 @@ class _Store:
     def flush(self) -> None:
         """All determinants that are due, those of one size in one call."""
         waiting, self.pending, self.bytes = self.pending, [], 0
+        alike: dict[Any, list[int]] = {}
+        for i, (_, _, gram, factor) in enumerate(waiting):
+            alike.setdefault((gram.shape[-1], gram.dtype, factor), []).append(i)
         results: dict[int, Tensor] = {}
-        sizes: dict[Any, list[int]] = {}
-        for i, (_, _, gram) in enumerate(waiting):
-            sizes.setdefault((gram.shape[-1], gram.dtype), []).append(i)
-        for several in sizes.values():
+        for (_, _, factor), several in alike.items():
             grams = [waiting[i][2] for i in several]
             flat = torch.cat([gram.flatten(0, -3) for gram in grams])
-            parts = measures.half_logdet(flat).split([gram[..., 0, 0].numel() for gram in grams])
+            found = measures.half_logdet(flat, factor)
+            parts = found.split([gram.shape[:-2].numel() for gram in grams])
             for i, gram, part in zip(several, grams, parts, strict=True):
                 results[i] = part.view(gram.shape[:-2])
-        for i, (layer, measure, _) in enumerate(waiting):
+        for i, (layer, measure, _, _) in enumerate(waiting):
             self.add(layer, measure, results[i])
 
 
@@ -237,8 +238,8 @@ class Trace:
         w = places.project(attention, h)
         if self.rate:
             for measure, z in ((_RATE, h), (_RATES, w)):
-                gram = measures.scaled_gram(z, self.eps, normalise=self.normalise)
-                store.postpone(layer, measure, gram)
+                gram = measures.gram(z, normalise=self.normalise)
+                store.postpone(layer, measure, gram, measures.gram_factor(z, self.eps))
         wanted = self.attention_wanted
         if wanted is not None and layer in self._watched:
             if wanted.heads is not None:
