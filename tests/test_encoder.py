@@ -106,6 +106,27 @@ def test_a_hooked_layer_runs_module_by_module(name):
     assert calls(model, tokens())[1] == {"crate_block": DEPTH}
 
 
+def test_an_observer_sees_every_layer_and_stops_none_from_being_one_op():
+    model = transformer()
+    fuse(model)
+    seen, model.layers[1][0].norm.eps = [], 1e-3  # the second layer runs module by module
+    want = model(tokens())
+    with model.observed(lambda *args: seen.append(args)):
+        y, count = calls(model, tokens())
+        model(tokens(), return_attention=True)
+    assert count["crate_block"] == DEPTH - 1 and torch.equal(y, want)
+    assert [i for _, i, _, _ in seen] == list(range(DEPTH))
+    x = tokens()
+    for encoder, i, before, after in seen:
+        assert encoder is model and torch.equal(before, x)
+        x = after
+        attn, ff = model.layers[i]
+        torch.testing.assert_close(after, ff(attn(before) + before))
+    assert torch.equal(x, want)
+    model(tokens())
+    assert len(seen) == DEPTH and "_observers" not in vars(model)
+
+
 def test_dropout_runs_module_by_module_while_training():
     model = transformer(dropout=0.5)
     report = fuse(model)

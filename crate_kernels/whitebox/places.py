@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..library import autocast_dtype
 from ..models.gpt import CausalMSSA
 from ..nn.encoder import Encoder
 from ..nn.fusion import Layer
@@ -117,12 +116,6 @@ def project(attention: Any, h: Tensor) -> Tensor:
     """w = h U^T as the layer makes it, by heads: (B, H, N, p). No hook is called."""
     w = projection(attention).forward(h)
     return w.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-
-
-def normed(encoder: Any, index: int, x: Tensor) -> Tensor:
-    """h = LN(x) as layer ``index`` makes it, in the dtype of its GEMMs. No hook is called."""
-    h = encoder.layers[index][0].norm.forward(x)
-    return h.to(autocast_dtype(h))
 
 
 def options_of(attention: Any) -> dict[str, Any]:

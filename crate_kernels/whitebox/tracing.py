@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, refuse
+from ..library import autocast_dtype
 from ..nn.encoder import Encoder
 from ..nn.fusion import Layer
 from . import measures, places
@@ -163,6 +164,10 @@ class Trace:
         reason = places.unreadable(self.model)
         if reason is not None:
             refuse("trace", "a model with whole parameters on a device", reason)
+        found = places.find(self.model)  # it may have been fused since
+        if [place.name for place in found.places] != self.layers:
+            refuse("trace", f"the model as it was, with layers {self.layers}", "others")
+        self._places, self.skipped = found.places, found.skipped
         with contextlib.ExitStack() as exits:
             exits.enter_context(torch.compiler.set_stance("force_eager"))
             self._attach(exits)
@@ -213,8 +218,9 @@ class Trace:
         layer = turns[index].take(x.device)
         with torch.no_grad():
             if self.rate or layer in self._watched:
-                h = places.normed(encoder, index, x[: self.samples])
-                self._see_normed(layer, encoder.layers[index][0].fn, h)
+                step = encoder.layers[index][0]
+                # No hook is called: the layer has run.
+                self._see_normed(layer, step.fn, step.norm.forward(x[: self.samples]))
             self._see_output(layer, y)
 
     def _before_mssa(self, turn: _Turns, module: Any, args: Any, kwargs: Any) -> None:
@@ -234,7 +240,7 @@ class Trace:
 
     def _see_normed(self, layer: int, attention: Any, h: Tensor) -> None:
         """h (B, N, D), what MSSA takes."""
-        store = self._store(h)
+        store, h = self._store(h), h.to(autocast_dtype(h))  # as its GEMM takes it
         w = places.project(attention, h)
         if self.rate:
             for measure, z in ((_RATE, h), (_RATES, w)):
