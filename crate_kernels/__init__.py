@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import models, nn
+from . import models, nn, whitebox
 from .backends import Explanation
 from .block.op import crate_block, explain_crate_block
 from .block.reference import crate_block_reference, crate_block_reference_backward
@@ -66,6 +66,7 @@ __all__ = [
     "tied_attention_reference",
     "tied_attention_reference_backward",
     "unfuse",
+    "whitebox",
 ]
 
 

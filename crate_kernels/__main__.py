@@ -1,4 +1,4 @@
-"""The command line: ``python -m crate_kernels demo | train | timm | bench | env_report``."""
+"""The command line: ``python -m crate_kernels COMMAND``, one of ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "build a CRATE model, swap its layers, check them, train it, compare the speed",
     "train": "train a model on image folders or text, on one device or many",
+    "inspect": "measure the layers of a trained model on images, and draw its attention",
     "timm": "run a script of timm's, such as its train.py, with the CRATE models registered",
     "bench": "time ops, layers and models against their peers",
     "env_report": "print versions, devices, and which backends work",
 }
+MODULES = {"inspect": "whitebox.inspect"}  # of the others the name is the command's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("options", nargs=argparse.REMAINDER, help="command --help lists them")
     chosen = parser.parse_args(argv)
     # Only the chosen module is imported: the others may need packages that are not there.
-    module = importlib.import_module(f".{chosen.command}", __package__)
+    module = importlib.import_module(f".{MODULES.get(chosen.command, chosen.command)}", __package__)
     prog = f"{parser.prog} {chosen.command}"
     sub = argparse.ArgumentParser(prog=prog, description=COMMANDS[chosen.command])
     module.add_arguments(sub)

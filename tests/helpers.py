@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -286,6 +287,26 @@ def results(
     y.backward(dy.to(y.dtype))
     grads = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {"y": y.detach(), **grads}
+
+
+class Calls(TorchDispatchMode):
+    """How often each op of this package is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: dict[str, int] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "crate_kernels":
+            self.count[op._opname] = self.count.get(op._opname, 0) + 1
+        return op(*args, **(kwargs or {}))
+
+
+def calls(model: Callable[..., Any], x: Tensor) -> tuple[Any, dict[str, int]]:
+    """model(x), and how often it calls which op."""
+    with Calls() as seen:
+        y = model(x)
+    return y, seen.count
 
 
 def assert_equal_results(got: Mapping[str, Tensor], want: Mapping[str, Tensor], what: Any) -> None:

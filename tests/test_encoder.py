@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
+from helpers import calls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from crate_kernels import models
 from crate_kernels.models.crate import PreNorm, Transformer
@@ -33,25 +33,6 @@ def with_gradients(model, x):
     y = model(x)
     (y * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum().backward()
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
-
-
-class Calls(TorchDispatchMode):
-    """How often each op of this package is called."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "crate_kernels":
-            self.count[op._opname] = self.count.get(op._opname, 0) + 1
-        return op(*args, **(kwargs or {}))
-
-
-def calls(model, x):
-    with Calls() as seen:
-        y = model(x)
-    return y, seen.count
 
 
 @pytest.mark.parametrize("memory", ["default", "low"])
@@ -123,6 +104,27 @@ def test_a_hooked_layer_runs_module_by_module(name):
     torch.testing.assert_close(y, want)
     handle.remove()
     assert calls(model, tokens())[1] == {"crate_block": DEPTH}
+
+
+def test_an_observer_sees_every_layer_and_stops_none_from_being_one_op():
+    model = transformer()
+    fuse(model)
+    seen, model.layers[1][0].norm.eps = [], 1e-3  # the second layer runs module by module
+    want = model(tokens())
+    with model.observed(lambda *args: seen.append(args)):
+        y, count = calls(model, tokens())
+        model(tokens(), return_attention=True)
+    assert count["crate_block"] == DEPTH - 1 and torch.equal(y, want)
+    assert [i for _, i, _, _ in seen] == list(range(DEPTH))
+    x = tokens()
+    for encoder, i, before, after in seen:
+        assert encoder is model and torch.equal(before, x)
+        x = after
+        attn, ff = model.layers[i]
+        torch.testing.assert_close(after, ff(attn(before) + before))
+    assert torch.equal(x, want)
+    model(tokens())
+    assert len(seen) == DEPTH and "_observers" not in vars(model)
 
 
 def test_dropout_runs_module_by_module_while_training():

@@ -77,6 +77,17 @@ def load_checkpoint(
     return model
 
 
+def plain_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict that :func:`load_checkpoint` finds in ``checkpoint``, keys without wrappers.
+
+    Raises TypeError where there is none, ValueError where two keys become one.
+    """
+    found, twice = _by_plain_key(_unwrap(checkpoint), "in the checkpoint")
+    if twice:
+        raise ValueError(f"load_checkpoint: expected each key once, got {twice[0]}")
+    return {key: value for key, (_, value) in found.items()}
+
+
 def _unwrap(checkpoint: Any) -> Mapping[str, Any]:
     for name in _CONTENTS:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from .encoder_recognition import published_forward, reason_against_step
 from .inference import Constants, layer_constants
 from .layers import ISTA, MSSA, has_hooks, log_once, unfused_reason
 from .recognition import Verdicts
+
+Observer = Callable[["Encoder", int, Tensor, Tensor], None]
 
 
 class Encoder(nn.Module):
@@ -48,6 +51,7 @@ class Encoder(nn.Module):
     _memory = "default"
     _steps: tuple[type[nn.Module], ...] = ()  # classes known to compute fn(norm(x))
     constants: Constants | None = None  # of prepare_for_inference
+    _observers: tuple[Observer, ...] = ()
 
     def __init__(
         self, layers: Iterable[tuple[nn.Module, nn.Module]], memory: str = "default"
@@ -76,6 +80,24 @@ class Encoder(nn.Module):
         """The classes of the steps that there are now are known to compute fn(norm(x))."""
         self._steps = tuple({type(step) for step in self._all_steps()})
 
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Inside the block, ``observer(encoder, i, x, y)`` is called after layer i took x to y.
+
+        x and y are (B, N, D), as they are between the layers. The layers run as without. Under
+        DataParallel ``encoder`` is the replica at work. A call with return_attention or return_key
+        is not observed.
+        """
+        self._observers = (*self._observers, observer)
+        try:
+            yield
+        finally:
+            rest = list(self._observers)
+            rest.remove(observer)
+            self._observers = tuple(rest)
+            if not rest:
+                del self._observers
+
     def _all_steps(self) -> list[nn.Module]:
         layers: Any = self.layers
         return [step for pair in layers for step in pair]
@@ -97,11 +119,14 @@ class Encoder(nn.Module):
         for i, (attn, ff) in enumerate(layers):
             reason = unfused_block_reason(attn, ff, self._steps, x)
             if reason is None:
-                x = _run(attn, ff, x, self.memory, self.constants, i)
+                y = _run(attn, ff, x, self.memory, self.constants, i)
             else:
                 if not torch.compiler.is_compiling():
                     log_once(f"a layer of an Encoder runs unfused: {reason}")
-                x = ff(attn(x) + x)
+                y = ff(attn(x) + x)
+            for observer in self._observers:
+                observer(self, i, x, y)
+            x = y
         return x
 
     def train(self, mode: bool = True) -> Encoder:

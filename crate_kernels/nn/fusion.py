@@ -62,8 +62,8 @@ class Report:
         lines = [f"{self.verb} {count}; skipped {len(self.skipped)}"]
         if not self.replaced and not self.skipped:
             lines = [f"{self.verb} nothing: the model has no layer to swap"]
-        lines += _grouped("note", [layer for layer in self.replaced if layer.reason])
-        lines += _grouped("skipped", self.skipped)
+        lines += grouped("note", [layer for layer in self.replaced if layer.reason])
+        lines += grouped("skipped", self.skipped)
         return "\n".join(lines)
 
 
@@ -209,7 +209,7 @@ def _counts(layers: list[Layer]) -> list[str]:
     return [f"{kinds.count(name)} {name}" for name in names if name in kinds]
 
 
-def _grouped(label: str, layers: list[Layer]) -> list[str]:
+def grouped(label: str, layers: list[Layer]) -> list[str]:
     """One line per reason, with how many layers of which kind and the first of them."""
     reasons: dict[str, list[Layer]] = {}
     for layer in layers:
