@@ -50,10 +50,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> Explanation:
-    """What fits op on ``x`` computing in ``dtype``; head_dim is None for ops without heads."""
+def explain(
+    op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None, options: tuple[str, ...] = ()
+) -> Explanation:
+    """What fits op on ``x`` computing in ``dtype``; head_dim is None for ops without heads.
+
+    ``options`` are those in use that not every backend has.
+    """
     reasons = {
-        "cuda": _against_cuda(op, x, dtype, head_dim),
+        "cuda": _against_cuda(op, x, dtype, head_dim, options),
         "triton": _against_triton(x, dtype, head_dim),
         "reference": (),
     }
@@ -68,7 +73,14 @@ def _best(op: str, x: Tensor, fits: list[str]) -> str:
     return fits[0]
 
 
-def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> str:
+def choose(
+    op: str,
+    backend: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    options: tuple[str, ...] = (),
+) -> str:
     """The backend to run: ``backend`` itself if it fits, or the best that does for "auto"."""
     if backend == "auto":
         backend = os.environ.get(BACKEND_VARIABLE, "auto")
@@ -78,7 +90,7 @@ def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int |
         )
     if backend == "reference":
         return backend
-    found = explain(op, x, dtype, head_dim)
+    found = explain(op, x, dtype, head_dim, options)
     if backend == "auto":
         if not torch.compiler.is_compiling():
             _log_once(op, str(x.device.type), found)
@@ -91,7 +103,9 @@ def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int |
     return backend
 
 
-def _against_cuda(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> tuple[str, ...]:
+def _against_cuda(
+    op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None, options: tuple[str, ...]
+) -> tuple[str, ...]:
     reasons = list(_against_cuda_on(x.device.type, x.device.index))
     if op in WITHOUT_CUDA:
         reasons.append(f"{op}: no CUDA kernels are built for it")
@@ -101,6 +115,7 @@ def _against_cuda(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) 
         reasons.append(f"head_dim {head_dim}: CUDA kernels are built for {CUDA_HEAD_DIMS}")
     if op == "ista" and x.shape[-1] % 8 != 0:
         reasons.append(f"D = {x.shape[-1]}: CUDA kernels take multiples of 8")
+    reasons += [f"{option}: CUDA kernels have no such option" for option in options]
     return tuple(reasons)
 
 

@@ -26,17 +26,24 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 def define_gradient(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    public: str | None = None,
 ) -> None:
-    """Give ``crate_kernels::<name>`` a gradient, and its backward op a refusal of a second."""
+    """Give ``crate_kernels::<name>`` a gradient, and its backward op a refusal of a second.
+
+    ``public`` is the function that users know it by, if that has another name.
+    """
+    public = public or name
     torch.library.register_autograd(
         f"crate_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"{name}: double backward is not implemented; expected first-order gradients, "
-            f"got create_graph=True (use {name}_reference for higher orders)"
+            f"{public}: double backward is not implemented; expected first-order gradients, "
+            f"got create_graph=True (use {public}_reference for higher orders)"
         )
 
     torch.library.register_autograd(f"crate_kernels::{name}_backward", refuse, lib=LIBRARY)

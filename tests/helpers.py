@@ -16,14 +16,64 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def published_attention(
-    w: Tensor, *, heads: int, scale: float | None = None, causal: bool = False
+    w: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     q = torch.stack(w.chunk(heads, dim=-1), dim=1)
     dots = torch.matmul(q, q.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         n = w.shape[1]
         dots = dots + torch.full((n, n), float("-inf"), device=w.device, dtype=dots.dtype).triu(1)
+    if window is not None:
+        n = w.shape[1]
+        near = torch.ones(n, n, device=w.device, dtype=torch.bool).triu(-window).tril(window)
+        dots = dots.masked_fill(~near, float("-inf"))
     return torch.cat(torch.matmul(torch.softmax(dots, dim=-1), q).unbind(1), dim=-1)
+
+
+def attention_by_sequence(
+    w: Tensor,
+    *,
+    heads: int,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """published_attention of each sequence by itself; zeros past the lengths."""
+    if cu_seqlens is not None:
+        parts = w.split(cu_seqlens.diff().tolist())
+        done = [published_attention(part[None], heads=heads, **options)[0] for part in parts]
+        return torch.cat(done)
+    n = w.shape[1]
+    counts = [n] * w.shape[0] if lengths is None else lengths.tolist()
+    done = []
+    for item, count in zip(w, counts, strict=True):
+        o = published_attention(item[None, :count], heads=heads, **options)[0]
+        done.append(F.pad(o, (0, 0, 0, n - count)))
+    return torch.stack(done) if done else w.clone()
+
+
+def mssa_by_sequence(
+    x: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """published_mssa of each sequence by itself; zeros past the lengths."""
+    o = attention_by_sequence(F.linear(x, w_qkv), lengths=lengths, **options)
+    y = o if w_out is None else F.linear(o, w_out, b_out)
+    if lengths is None:
+        return y
+    present = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return torch.where(present[..., None], y, 0.0)
 
 
 def published_mssa(

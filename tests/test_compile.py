@@ -52,6 +52,19 @@ def test_opcheck_tied_attention(dtype, causal):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_tied_attention_masked(dtype):
+    for shape, sequences in [((2, 6, 8), [6, 0]), ((2, 6, 8), None), ((9, 8), [0, 2, 2, 9])]:
+        w, do = torch.randn(2, *shape).to(dtype)
+        given = None if sequences is None else torch.tensor(sequences, dtype=torch.int32)
+        rest = (2, 0.5, True, 7, 3, "reference")
+        for requires_grad in (False, True):
+            leaf = w.clone().requires_grad_(requires_grad)
+            torch.library.opcheck(OPS.tied_attention_masked, (leaf, given, *rest))
+        saved = (do, w, *OPS.tied_attention_masked(w, given, *rest), given)
+        torch.library.opcheck(OPS.tied_attention_masked_backward, (*saved, *rest))
+
+
 @pytest.mark.parametrize(("x_dtype", "c_dtype"), [("float32",) * 2, ("float32", "bfloat16")])
 @pytest.mark.parametrize("form", SMALL_ISTA)
 def test_opcheck_ista(x_dtype, c_dtype, form):
@@ -119,6 +132,8 @@ def test_every_registered_op_is_checked_above():
         for name in (
             "tied_attention",
             "tied_attention_backward",
+            "tied_attention_masked",
+            "tied_attention_masked_backward",
             "ista",
             "ista_backward",
             "ista_apply",

@@ -17,6 +17,7 @@ from crate_kernels import backends
 from crate_kernels.block import triton_kernels as block_kernels
 from crate_kernels.ista import triton_kernels as ista_kernels
 from crate_kernels.mssa import triton_kernels as mssa_kernels
+from crate_kernels.mssa.masks import Mask
 from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kernels
 from crate_kernels.patch_embedding import triton_kernels as stem_kernels
 
@@ -46,6 +47,21 @@ def launch_attention(dtype, head_dim, n, causal):
     w = meta(2, n, heads * head_dim, dtype=dtype)
     o, lse = mssa_kernels.forward(w, heads, 0.125, causal)
     mssa_kernels.backward(w, w, o, lse, heads, 0.125, causal)
+
+
+MASKS = {
+    "lengths": Mask(torch.empty(2, dtype=torch.int32, device="meta")),
+    "packed": Mask(torch.empty(3, dtype=torch.int64, device="meta"), 512),
+    "window": Mask(window=128),
+    "packed, window": Mask(torch.empty(3, dtype=torch.int32, device="meta"), 4096, 64),
+}
+
+
+def launch_masked(dtype, head_dim, n, causal, mask):
+    heads, packed = 3, mask.longest > 0
+    w = meta(*((2 * n,) if packed else (2, n)), heads * head_dim, dtype=dtype)
+    o, lse = mssa_kernels.forward(w, heads, 0.125, causal, mask)
+    mssa_kernels.backward(w, w, o, lse, heads, 0.125, causal, mask)
 
 
 def launch_ista(x_dtype, c_dtype, rows, d):
@@ -110,6 +126,20 @@ def test_tied_attention_builds(capability, dtype, head_dim, causal):
     check(builds, capability)
     names = {build.name for build in builds}
     assert any("forward" in name for name in names) and any("backward" in name for name in names)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked_attention_builds(capability, mask):
+    for dtype, head_dim, n, causal in [
+        (torch.bfloat16, 64, 197, False),
+        (torch.bfloat16, 64, 512, True),
+        (torch.float32, 48, 512, False),
+    ]:
+        with builds_for(capability) as builds:
+            launch_masked(dtype, head_dim, n, causal, MASKS[mask])
+        check(builds, capability)
+        assert len(builds) == 3
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

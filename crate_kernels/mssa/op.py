@@ -18,6 +18,7 @@ from .. import backends
 from ..checks import check_heads, check_number, check_tensors, refuse
 from ..library import autocast_dtype, define, define_gradient
 from . import torch_kernels
+from .masks import Mask, beyond, check_masks, lse_shape
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -31,6 +32,10 @@ def mssa(
     heads: int,
     scale: float | None = None,
     causal: bool = False,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""One multi-head subspace self-attention step, without norm and residual.
@@ -41,7 +46,7 @@ def mssa(
     where :math:`w_h` is head h's slice of w, a set of tokens in the subspace :math:`U_h`.
 
     Args:
-        x: tokens (B, N, D).
+        x: tokens (B, N, D), or with cu_seqlens (T, D).
         w_qkv: the tied projection (heads*head_dim, D): query, key and value at once.
         w_out: output projection (D, heads*head_dim), or None to return the heads as they are
             (the published Identity case).
@@ -49,11 +54,21 @@ def mssa(
         heads: number of heads; must divide ``w_qkv.shape[0]``.
         scale: factor on the scores, > 0 in float32; head_dim**-0.5 by default.
         causal: let token i see tokens 0..i only.
+        lengths: (B,), int32 or int64, on x's device: item b has the tokens 0..lengths[b]-1. No
+            token sees those past them; there the output and the gradient of x are zero.
+        cu_seqlens: (S+1,), int32 or int64, on x's device: the packed tokens (T, D) are S
+            sequences, the s-th in the rows cu_seqlens[s] to cu_seqlens[s+1]-1, each by itself.
+        max_seqlen: with cu_seqlens, the length of the longest sequence, or more.
+        window: token i sees only tokens j with abs(i - j) <= window.
         backend: "auto", "cuda", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
     Returns:
-        (B, N, D), or (B, N, heads*head_dim) without w_out. The dtype is that of
+        As x: (B, N, D), or (B, N, heads*head_dim) without w_out. The dtype is that of
         ``F.linear``: autocast's where autocast is on, else that of x.
+
+    Lengths may be zero. Their values are not looked at on a GPU, where that would wait for it:
+    0 <= lengths <= N, cu_seqlens from 0 to T in steps of 0 to max_seqlen are the caller's to keep.
+    (Kernels read nothing past N or max_seqlen rows; rows of no sequence come out undefined.)
 
     Dtypes: float16, bfloat16, float32 (which honours ``torch.get_float32_matmul_precision()``),
     float64 (by the reference backend). Statistics and sums are kept in float32 or better.
@@ -64,13 +79,20 @@ def mssa(
 
     Source: arXiv 2311.13110, MSSA operator (eq. 13 there: SSA of each head, summed by W_out).
     """
-    _check_mssa(x, w_qkv, w_out, b_out, heads)
+    _check_mssa(x, w_qkv, w_out, b_out, heads, cu_seqlens)
     _check_options("mssa", scale, causal)
+    options = check_masks("mssa", x, lengths, cu_seqlens, max_seqlen, window)
     head_dim = w_qkv.shape[0] // heads
-    backend = backends.choose("mssa", backend, x, autocast_dtype(x), head_dim)
+    backend = backends.choose("mssa", backend, x, autocast_dtype(x), head_dim, options)
     w = F.linear(x, w_qkv)
-    o = _attend(w, heads, scale, causal, backend)
-    return o if w_out is None else F.linear(o, w_out, b_out)
+    sequences = lengths if cu_seqlens is None else cu_seqlens
+    o = _attend(w, heads, scale, causal, sequences, max_seqlen, window, backend)
+    if w_out is None:
+        return o
+    y = F.linear(o, w_out, b_out)
+    if lengths is None or b_out is None:
+        return y
+    return y.masked_fill(beyond(lengths, x.shape[1]), 0)
 
 
 def tied_attention(
@@ -79,6 +101,10 @@ def tied_attention(
     heads: int,
     scale: float | None = None,
     causal: bool = False,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Attention whose query, key and value are one tensor: the core of :func:`mssa`.
@@ -86,25 +112,42 @@ def tied_attention(
     .. math:: o_h = \mathrm{softmax}(s\, w_h w_h^T)\, w_h
 
     Args:
-        w: projected tokens (B, N, heads*head_dim).
-        heads, scale, causal, backend, dtypes and errors: as in :func:`mssa`.
+        w: projected tokens (B, N, heads*head_dim), or with cu_seqlens (T, heads*head_dim).
+        heads, scale, causal, masks, backend, dtypes and errors: as in :func:`mssa`.
 
     Returns:
-        (B, N, heads*head_dim), contiguous, of w's dtype (autocast's where it is on).
+        Shaped as w, contiguous, of w's dtype (autocast's where it is on).
 
     Source: arXiv 2311.13110, SSA operator. The gradient is one pass over pairs of row tiles,
     bitwise repeatable; its derivation is in docs/mssa.md.
     """
-    _check_core(w, heads)
+    _check_core(w, heads, cu_seqlens)
     _check_options("tied_attention", scale, causal)
+    options = check_masks("tied_attention", w, lengths, cu_seqlens, max_seqlen, window)
     w = w.to(autocast_dtype(w))
-    backend = backends.choose("tied_attention", backend, w, w.dtype, w.shape[2] // heads)
-    return _attend(w, heads, scale, causal, backend)
+    head_dim = w.shape[-1] // heads
+    backend = backends.choose("tied_attention", backend, w, w.dtype, head_dim, options)
+    sequences = lengths if cu_seqlens is None else cu_seqlens
+    return _attend(w, heads, scale, causal, sequences, max_seqlen, window, backend)
 
 
-def _attend(w: Tensor, heads: int, scale: float | None, causal: bool, backend: str) -> Tensor:
-    scale = (w.shape[2] // heads) ** -0.5 if scale is None else float(scale)
-    o, _ = torch.ops.crate_kernels.tied_attention(w, heads, scale, causal, backend)
+def _attend(
+    w: Tensor,
+    heads: int,
+    scale: float | None,
+    causal: bool,
+    sequences: Tensor | None,
+    longest: int | None,
+    window: int | None,
+    backend: str,
+) -> Tensor:
+    scale = (w.shape[-1] // heads) ** -0.5 if scale is None else float(scale)
+    ops = torch.ops.crate_kernels
+    if sequences is None and window is None:
+        o, _ = ops.tied_attention(w, heads, scale, causal, backend)
+    else:
+        options = (heads, scale, causal, longest or 0, window, backend)
+        o, _ = ops.tied_attention_masked(w, sequences, *options)
     return o
 
 
@@ -117,27 +160,44 @@ def explain_mssa(
     heads: int,
     scale: float | None = None,
     causal: bool = False,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
 ) -> backends.Explanation:
     """Which backends fit these arguments of :func:`mssa`, and why the others do not."""
-    _check_mssa(x, w_qkv, w_out, b_out, heads)
+    _check_mssa(x, w_qkv, w_out, b_out, heads, cu_seqlens)
     _check_options("mssa", scale, causal)
-    return backends.explain("mssa", x, autocast_dtype(x), w_qkv.shape[0] // heads)
+    options = check_masks("mssa", x, lengths, cu_seqlens, max_seqlen, window)
+    return backends.explain("mssa", x, autocast_dtype(x), w_qkv.shape[0] // heads, options)
 
 
 def explain_tied_attention(
-    w: Tensor, *, heads: int, scale: float | None = None, causal: bool = False
+    w: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
 ) -> backends.Explanation:
     """Which backends fit these arguments of :func:`tied_attention`, and why the others do not."""
-    _check_core(w, heads)
+    _check_core(w, heads, cu_seqlens)
     _check_options("tied_attention", scale, causal)
-    return backends.explain("tied_attention", w, autocast_dtype(w), w.shape[-1] // heads)
+    options = check_masks("tied_attention", w, lengths, cu_seqlens, max_seqlen, window)
+    return backends.explain("tied_attention", w, autocast_dtype(w), w.shape[-1] // heads, options)
 
 
-def _check_core(w: Tensor, heads: int) -> None:
+def _check_core(w: Tensor, heads: int, cu_seqlens: Tensor | None) -> None:
     check_tensors("tied_attention", {"w": w})
-    if w.dim() != 3 or w.shape[1] == 0:
+    if cu_seqlens is not None:
+        if w.dim() != 2:
+            refuse("tied_attention", "packed w of shape (T, heads*head_dim)", tuple(w.shape))
+    elif w.dim() != 3 or w.shape[1] == 0:
         refuse("tied_attention", "w of shape (B, N, heads*head_dim), N > 0", tuple(w.shape))
-    check_heads("tied_attention", heads, w.shape[2])
+    check_heads("tied_attention", heads, w.shape[-1])
 
 
 def _check_options(op: str, scale: float | None, causal: bool) -> None:
@@ -150,13 +210,21 @@ def _check_options(op: str, scale: float | None, causal: bool) -> None:
 
 
 def _check_mssa(
-    x: Tensor, w_qkv: Tensor, w_out: Tensor | None, b_out: Tensor | None, heads: int
+    x: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    heads: int,
+    cu_seqlens: Tensor | None,
 ) -> None:
     check_tensors("mssa", {"x": x, "w_qkv": w_qkv}, {"w_out": w_out, "b_out": b_out})
     if w_qkv.dim() != 2:
         refuse("mssa", "w_qkv of shape (heads*head_dim, D)", tuple(w_qkv.shape))
     inner, width = w_qkv.shape
-    if x.dim() != 3 or x.shape[2] != width or x.shape[1] == 0:
+    if cu_seqlens is not None:
+        if x.dim() != 2 or x.shape[1] != width:
+            refuse("mssa", f"packed x of shape (T, D) with D = {width}", tuple(x.shape))
+    elif x.dim() != 3 or x.shape[2] != width or x.shape[1] == 0:
         refuse("mssa", f"x of shape (B, N, D) with N > 0 and D = {width}", tuple(x.shape))
     check_heads("mssa", heads, inner)
     if w_out is not None and w_out.shape != (width, inner):
@@ -192,7 +260,7 @@ def _forward(
 def _forward_fake(
     w: Tensor, heads: int, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    lse = w.new_empty(w.shape[0], heads, w.shape[1], dtype=torch_kernels.lse_dtype(w))
+    lse = w.new_empty(lse_shape(w, heads), dtype=torch_kernels.lse_dtype(w))
     return w.new_empty(w.shape), lse
 
 
@@ -240,3 +308,73 @@ define(
     _backward_fake,
 )
 define_gradient("tied_attention", _gradient, _save)
+
+
+# ---- registration: crate_kernels::tied_attention_masked, with sequences or a window
+
+
+def _masked_forward(
+    w: Tensor,
+    sequences: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    longest: int,
+    window: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    mask = Mask(sequences, longest, window)
+    return _kernels(backend).forward(w, heads, scale, causal, mask)
+
+
+def _masked_forward_fake(
+    w: Tensor, sequences: Tensor | None, heads: int, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    lse = w.new_empty(lse_shape(w, heads), dtype=torch_kernels.lse_dtype(w))
+    return w.new_empty(w.shape), lse
+
+
+def _masked_backward(
+    do: Tensor,
+    w: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    sequences: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    longest: int,
+    window: int | None,
+    backend: str,
+) -> Tensor:
+    mask = Mask(sequences, longest, window)
+    return _kernels(backend).backward(do, w, o, lse, heads, scale, causal, mask)
+
+
+def _masked_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    w, sequences, *ctx.options = inputs
+    ctx.save_for_backward(w, *output, sequences)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _masked_gradient(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    if do is None:
+        return (None,) * 8
+    saved = (do, *ctx.saved_tensors, *ctx.options)
+    return torch.ops.crate_kernels.tied_attention_masked_backward(*saved), *(None,) * 7
+
+
+define(
+    "tied_attention_masked(Tensor w, Tensor? sequences, int heads, float scale, bool causal,"
+    " SymInt longest, SymInt? window, str backend) -> (Tensor o, Tensor lse)",
+    _masked_forward,
+    _masked_forward_fake,
+)
+define(
+    "tied_attention_masked_backward(Tensor do, Tensor w, Tensor o, Tensor lse, Tensor? sequences,"
+    " int heads, float scale, bool causal, SymInt longest, SymInt? window, str backend) -> Tensor",
+    _masked_backward,
+    _backward_fake,
+)
+define_gradient("tied_attention_masked", _masked_gradient, _masked_save, "tied_attention")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .masks import beyond, by_sequence, hidden
 
 
 def split_heads(w: Tensor, heads: int) -> Tensor:
@@ -17,42 +21,85 @@ def merge_heads(w: Tensor) -> Tensor:
     return w.transpose(1, 2).flatten(2)
 
 
-def subspace_attention(wh: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """P = softmax(scale w w^T) and its log-sum-exp, for wh (..., N, head_dim)."""
+def subspace_attention(
+    wh: Tensor, scale: float, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """P = softmax(scale w w^T) and its log-sum-exp, for wh (..., N, head_dim).
+
+    Where ``hidden``, which broadcasts to (..., N, N), row i does not see column j.
+    """
     s = scale * wh @ wh.mT
-    if causal:
-        future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
-        s = s.masked_fill(future, float("-inf"))
+    if hidden is not None:
+        s = s.masked_fill(hidden, float("-inf"))
     lse = torch.logsumexp(s, dim=-1)
     return torch.exp(s - lse[..., None]), lse
 
 
-def tied_attention_reference(
-    w: Tensor, *, heads: int, scale: float | None = None, causal: bool = False
+def subspace_attention_backward(
+    doh: Tensor, wh: Tensor, scale: float, hidden: Tensor | None = None
 ) -> Tensor:
-    """``o_h = softmax(scale w_h w_h^T) w_h`` for each head h, differentiable by autograd.
-
-    Shapes and dtypes as in :func:`crate_kernels.tied_attention`, float64 included.
-    """
-    wh = split_heads(w, heads)
-    p, _ = subspace_attention(wh, default_scale(wh, scale), causal)
-    return merge_heads(p @ wh)
-
-
-def tied_attention_reference_backward(
-    do: Tensor, w: Tensor, *, heads: int, scale: float | None = None, causal: bool = False
-) -> Tensor:
-    """Gradient of :func:`tied_attention_reference`: ``do`` and the result are shaped as ``w``.
+    """Gradient of ``subspace_attention(wh, ...)[0] @ wh``; everything (..., N, head_dim).
 
     ``dP = dO w^T``, ``dS = P * (dP - rowsum(P * dP))``,
     ``dw = P^T dO + scale (dS + dS^T) w``: w is query, key and value at once.
     """
-    wh, doh = split_heads(w, heads), split_heads(do, heads)
-    scale = default_scale(wh, scale)
-    p, _ = subspace_attention(wh, scale, causal)
+    p, _ = subspace_attention(wh, scale, hidden)
     dp = doh @ wh.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    return merge_heads(p.mT @ doh + scale * (ds + ds.mT) @ wh)
+    return p.mT @ doh + scale * (ds + ds.mT) @ wh
+
+
+def tied_attention_reference(
+    w: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """``o_h = softmax(scale w_h w_h^T) w_h`` for each head h, differentiable by autograd.
+
+    Shapes, dtypes and masks as in :func:`crate_kernels.tied_attention`, float64 included.
+    """
+
+    def attend(w: Tensor, lengths: Tensor | None) -> tuple[Tensor]:
+        wh = split_heads(w, heads)
+        unseen = hidden(w.shape[1], causal, window, lengths, w.device)
+        p, _ = subspace_attention(wh, default_scale(wh, scale), unseen)
+        return (merge_heads(p @ wh),)
+
+    sequences = lengths if cu_seqlens is None else cu_seqlens
+    return by_sequence(attend, [w], sequences, max_seqlen)[0]
+
+
+def tied_attention_reference_backward(
+    do: Tensor,
+    w: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Gradient of :func:`tied_attention_reference`: ``do`` and the result are shaped as ``w``.
+
+    By :func:`subspace_attention_backward`, each row seeing what it saw.
+    """
+
+    def attend_backward(do: Tensor, w: Tensor, lengths: Tensor | None) -> tuple[Tensor]:
+        doh, wh = split_heads(do, heads), split_heads(w, heads)
+        unseen = hidden(w.shape[1], causal, window, lengths, w.device)
+        dwh = subspace_attention_backward(doh, wh, default_scale(wh, scale), unseen)
+        return (merge_heads(dwh),)
+
+    sequences = lengths if cu_seqlens is None else cu_seqlens
+    return by_sequence(attend_backward, [do, w], sequences, max_seqlen)[0]
 
 
 def mssa_reference(
@@ -64,10 +111,16 @@ def mssa_reference(
     heads: int,
     scale: float | None = None,
     causal: bool = False,
+    **masks: Any,
 ) -> Tensor:
-    """``y = tied_attention(x w_qkv^T) w_out^T + b_out``; see :func:`crate_kernels.mssa`."""
-    o = tied_attention_reference(F.linear(x, w_qkv), heads=heads, scale=scale, causal=causal)
-    return o if w_out is None else F.linear(o, w_out, b_out)
+    """``y = tied_attention(x w_qkv^T) w_out^T + b_out``; see :func:`crate_kernels.mssa`.
+
+    ``masks`` are those of :func:`tied_attention_reference`; rows of y past ``lengths`` are zero.
+    """
+    options: Any = {"heads": heads, "scale": scale, "causal": causal, **masks}
+    o = tied_attention_reference(F.linear(x, w_qkv), **options)
+    y = o if w_out is None else F.linear(o, w_out, b_out)
+    return _without_padding(y, masks)
 
 
 def mssa_reference_backward(
@@ -80,21 +133,33 @@ def mssa_reference_backward(
     heads: int,
     scale: float | None = None,
     causal: bool = False,
+    **masks: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients ``(dx, dw_qkv, dw_out, db_out)`` of :func:`mssa_reference`; None where no input.
 
     ``dO = dy w_out``, ``dw_out = dy^T o``, ``db_out = sum dy``; ``dw`` by
     :func:`tied_attention_reference_backward`; ``dx = dw w_qkv``, ``dw_qkv = dw^T x``.
     """
+    options: Any = {"heads": heads, "scale": scale, "causal": causal, **masks}
+    dy = _without_padding(dy, masks)
     w = F.linear(x, w_qkv)
     do, dw_out, db_out = dy, None, None
     if w_out is not None:
-        o = tied_attention_reference(w, heads=heads, scale=scale, causal=causal)
+        o = tied_attention_reference(w, **options)
         do = dy @ w_out
-        dw_out = dy.flatten(0, 1).mT @ o.flatten(0, 1)
-        db_out = None if b_out is None else dy.sum((0, 1))
-    dw = tied_attention_reference_backward(do, w, heads=heads, scale=scale, causal=causal)
-    return dw @ w_qkv, dw.flatten(0, 1).mT @ x.flatten(0, 1), dw_out, db_out
+        dw_out = _rows(dy).mT @ _rows(o)
+        db_out = None if b_out is None else _rows(dy).sum(0)
+    dw = tied_attention_reference_backward(do, w, **options)
+    return dw @ w_qkv, _rows(dw).mT @ _rows(x), dw_out, db_out
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _without_padding(y: Tensor, masks: dict[str, Any]) -> Tensor:
+    lengths = masks.get("lengths")
+    return y if lengths is None else y.masked_fill(beyond(lengths, y.shape[1]), 0)
 
 
 def default_scale(wh: Tensor, scale: float | None) -> float:

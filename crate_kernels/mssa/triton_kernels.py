@@ -5,9 +5,13 @@ Query, key and value are one tensor w (B, N, heads*head_dim), read in place: no 
     backward  dw_j = sum_i P_ij^T dO_i + scale (dS_ji + dS_ij^T) w_i
 
 S is symmetric before the softmax, so one tile of it gives P_ji (by row j's lse) and P_ij^T (by row
-i's): the backward is one loop over i, no atomics. Rows past N load as zeros, and their lse as inf,
-which makes every term they touch zero. Only loaded operands are transposed, never an accumulator
-(docs/hazards.md).
+i's): the backward is one loop over i, no atomics. Rows past the end load as zeros, and their lse as
+inf, which makes every term they touch zero. Only loaded operands are transposed, never an
+accumulator (docs/hazards.md).
+
+LAYOUT says how sequences lie in w: "equal", all of N rows; "padded", N rows of which item b uses
+SEQUENCES[b]; "packed" one after the other in (T, heads*head_dim), sequence b from row SEQUENCES[b]
+on, N the longest. A program whose tile is past its sequence's end returns (docs/mssa_masks.md).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from ..library import on_device_of
 from ..triton_common import dot, dot_precision
+from .masks import FULL, Mask, lse_shape
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -63,7 +68,40 @@ def backward_config(dtype: torch.dtype, head_dim: int, n: int, causal: bool) -> 
     return TileConfig(64, 32, 4, 2, 128) if n <= 256 else TileConfig(64, 64, 4, 3, 168)
 
 
-# ---- forward
+# ---- sequences and their rows
+
+
+@triton.jit
+def _sequence(SEQUENCES, b, N, LAYOUT: tl.constexpr):
+    """The first row of sequence b (0 where each has its N rows), and its length."""
+    row = 0
+    length = N
+    if LAYOUT == "padded":
+        length = tl.minimum(tl.load(SEQUENCES + b).to(tl.int32), N)
+    if LAYOUT == "packed":
+        row = tl.load(SEQUENCES + b).to(tl.int64)
+        length = tl.minimum((tl.load(SEQUENCES + b + 1) - row).to(tl.int32), N)
+    return row, length
+
+
+@triton.jit
+def _head_base(T, row, b, h, stride_b, stride_n, HEAD_DIM: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where head h of sequence b starts in T, rows of tokens."""
+    if LAYOUT == "packed":
+        base = T + row * stride_n + h * HEAD_DIM
+    else:
+        base = T + b * stride_b + h * HEAD_DIM
+    return base
+
+
+@triton.jit
+def _statistics(T, row, head, h, N, rows_in_all, LAYOUT: tl.constexpr):
+    """The same in T = lse or delta: (B, heads, N), packed (heads, T)."""
+    if LAYOUT == "packed":
+        base = T + h.to(tl.int64) * rows_in_all + row
+    else:
+        base = T + head.to(tl.int64) * N
+    return base
 
 
 @triton.jit
@@ -81,8 +119,38 @@ def _load_rows(base, rows, cols, stride_n, N, HEAD_DIM: tl.constexpr, WHOLE: tl.
 
 
 @triton.jit
+def _store_rows(
+    T, tile, row, b, h, rows, cols, heads, N, length,
+    HEAD_DIM: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """One head's rows of T = o or dw, contiguous; in a padded batch zeros past length."""
+    inner = heads * HEAD_DIM
+    end = length
+    if LAYOUT == "padded":
+        tile = tl.where(rows[:, None] < length, tile, 0.0)
+        end = N
+    first = row if LAYOUT == "packed" else b * N
+    pointers = T + first * inner + h * HEAD_DIM + rows[:, None] * inner + cols[None, :]
+    mask = (rows[:, None] < end) & (cols[None, :] < HEAD_DIM)
+    tl.store(pointers, tile.to(T.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_lse(base, m, total, rows, N, length, LAYOUT: tl.constexpr):
+    """One head's rows of lse, from base 2; in a padded batch inf past length."""
+    if LAYOUT == "padded":
+        lse = tl.where(rows < length, (m + tl.log2(total)) / LOG2E, float("inf"))
+        tl.store(base + rows, lse, mask=rows < N)
+    else:
+        tl.store(base + rows, (m + tl.log2(total)) / LOG2E, mask=rows < length)
+
+
+# ---- forward
+
+
+@triton.jit
 def _visit(
-    w_j, acc, m, total, base, start, rows_j, cols, stride_n, N, scale_log2,
+    w_j, acc, m, total, base, start, rows_j, cols, stride_n, N, scale_log2, window,
     HEAD_DIM: tl.constexpr, VISIT: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +162,8 @@ def _visit(
         seen = rows_i[None, :] < N
         if CAUSAL:
             seen = seen & (rows_i[None, :] <= rows_j[:, None])
+        if window is not None:
+            seen = seen & (tl.abs(rows_i[None, :] - rows_j[:, None]) <= window)
         s = tl.where(seen, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
     p = tl.exp2(s * scale_log2 - m_new[:, None])  # one FMA and one exponential each
@@ -105,9 +175,9 @@ def _visit(
 
 @triton.jit
 def tied_attention_forward_kernel(
-    W, OUT, LSE, stride_b, stride_n, N, heads, scale,
+    W, OUT, LSE, SEQUENCES, stride_b, stride_n, N, rows_in_all, window, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(N, OWN)
     head = tl.program_id(0) // tiles  # over batch * heads
@@ -116,35 +186,56 @@ def tied_attention_forward_kernel(
         j = tiles - 1 - j  # the longest rows first
     b = (head // heads).to(tl.int64)
     h = head % heads
-    base = W + b * stride_b + h * HEAD_DIM
+    row, length = _sequence(SEQUENCES, b, N, LAYOUT)
+    base = _head_base(W, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
     rows_j = j * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
-    w_j = _load_rows(base, rows_j, cols, stride_n, N, HEAD_DIM)  # [OWN, BLOCK_D]
+    if LAYOUT != "equal":  # noqa: SIM102 (decided at compilation)
+        if j * OWN >= length:
+            if LAYOUT == "padded":
+                zeros = tl.zeros((OWN, BLOCK_D), tl.float32)
+                _store_rows(OUT, zeros, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
+                lse_base = _statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
+                ones = tl.full((OWN,), 1.0, tl.float32)
+                _store_lse(lse_base, ones, ones, rows_j, N, length, LAYOUT)
+            return
+    w_j = _load_rows(base, rows_j, cols, stride_n, length, HEAD_DIM)  # [OWN, BLOCK_D]
 
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     m = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     scale_log2 = scale * LOG2E
-    unmasked = (j * OWN // VISIT if CAUSAL else N // VISIT) * VISIT
-    end = tl.minimum(N, (j + 1) * OWN) if CAUSAL else N
-    for start in range(0, unmasked, VISIT):
+    # Tiles from ``whole`` to ``unmasked`` are seen in full by all rows j.
+    whole = 0
+    unmasked = (j * OWN // VISIT if CAUSAL else length // VISIT) * VISIT
+    end = tl.minimum(length, (j + 1) * OWN) if CAUSAL else length
+    if window is not None:
+        m = tl.full((OWN,), -1e38, tl.float32)  # a row may see nothing of the first tile
+        first = tl.maximum(j * OWN - window, 0) // VISIT * VISIT
+        whole = tl.cdiv(tl.maximum((j + 1) * OWN - 1 - window, 0), VISIT) * VISIT
+        unmasked = tl.minimum(unmasked, (j * OWN + window + 1) // VISIT * VISIT)
+        unmasked = tl.maximum(unmasked, whole)
+        end = tl.minimum(end, (j + 1) * OWN + window)
+        for start in range(first, tl.minimum(whole, end), VISIT):
+            acc, m, total = _visit(
+                w_j, acc, m, total, base, start, rows_j, cols, stride_n, length, scale_log2,
+                window, HEAD_DIM, VISIT, True, CAUSAL, PRECISION,
+            )  # fmt: skip
+    for start in range(whole, unmasked, VISIT):
         acc, m, total = _visit(
-            w_j, acc, m, total, base, start, rows_j, cols, stride_n, N, scale_log2,
-            HEAD_DIM, VISIT, False, CAUSAL, PRECISION,
+            w_j, acc, m, total, base, start, rows_j, cols, stride_n, length, scale_log2,
+            window, HEAD_DIM, VISIT, False, CAUSAL, PRECISION,
         )  # fmt: skip
     for start in range(unmasked, end, VISIT):
         acc, m, total = _visit(
-            w_j, acc, m, total, base, start, rows_j, cols, stride_n, N, scale_log2,
-            HEAD_DIM, VISIT, True, CAUSAL, PRECISION,
+            w_j, acc, m, total, base, start, rows_j, cols, stride_n, length, scale_log2,
+            window, HEAD_DIM, VISIT, True, CAUSAL, PRECISION,
         )  # fmt: skip
 
     o = acc / total[:, None]
-    inner = heads * HEAD_DIM
-    out = OUT + b * N * inner + h * HEAD_DIM + rows_j[:, None] * inner + cols[None, :]
-    tl.store(
-        out, o.to(OUT.dtype.element_ty), mask=(rows_j[:, None] < N) & (cols[None, :] < HEAD_DIM)
-    )
-    tl.store(LSE + head.to(tl.int64) * N + rows_j, (m + tl.log2(total)) / LOG2E, mask=rows_j < N)
+    _store_rows(OUT, o, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
+    lse_base = _statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
+    _store_lse(lse_base, m, total, rows_j, N, length, LAYOUT)
 
 
 # ---- backward
@@ -152,62 +243,76 @@ def tied_attention_forward_kernel(
 
 @triton.jit
 def tied_attention_delta_kernel(
-    DO, OUT, DELTA, stride_b, stride_n, N, heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr,
+    DO, OUT, DELTA, SEQUENCES, stride_b, stride_n, N, rows_in_all, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) for each head and row: (B, heads, N)."""
+    """delta = rowsum(dO * O) for each head and row, laid out as lse."""
     tiles = tl.cdiv(N, OWN)
     head = tl.program_id(0) // tiles
     rows = (tl.program_id(0) % tiles) * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
     b = (head // heads).to(tl.int64)
     h = head % heads
+    row, length = _sequence(SEQUENCES, b, N, LAYOUT)
     inner = heads * HEAD_DIM
-    do = _load_rows(DO + b * stride_b + h * HEAD_DIM, rows, cols, stride_n, N, HEAD_DIM)
-    o = _load_rows(OUT + b * N * inner + h * HEAD_DIM, rows, cols, inner, N, HEAD_DIM)
+    do_base = _head_base(DO, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
+    do = _load_rows(do_base, rows, cols, stride_n, length, HEAD_DIM)
+    first = row if LAYOUT == "packed" else b * N
+    o = _load_rows(OUT + first * inner + h * HEAD_DIM, rows, cols, inner, length, HEAD_DIM)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(DELTA + head.to(tl.int64) * N + rows, delta, mask=rows < N)
+    tl.store(
+        _statistics(DELTA, row, head, h, N, rows_in_all, LAYOUT) + rows, delta, mask=rows < length
+    )
 
 
 @triton.jit
 def _visit_backward(
-    acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, start, rows_j, cols,
-    stride_n, do_stride_n, N, scale_log2, scale,
-    HEAD_DIM: tl.constexpr, VISIT: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, first, end, rows_j, cols,
+    stride_n, do_stride_n, N, scale_log2, scale, window,
+    HEAD_DIM: tl.constexpr, VISIT: tl.constexpr, PART: tl.constexpr, BAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dw_j what the rows [start, start + VISIT) give it.
+    """Add to dw_j what the tiles of rows from first to end give it.
 
     PART says which halves exist: "both"; causally "before" (i < j: j attends to i), "after"
-    (i > j: i attends to j) or "diagonal" (both, masked).
+    (i > j: i attends to j) or "diagonal" (both, masked). BAND: some pairs are further apart than
+    the window.
     """
-    rows_i = start + tl.arange(0, VISIT)
-    w_i = _load_rows(w_base, rows_i, cols, stride_n, N, HEAD_DIM)
-    s = dot(w_j, tl.trans(w_i), None, PRECISION)  # [OWN, VISIT], unscaled
-    ds = tl.zeros_like(s)  # scale (dS_ji + dS_ij^T)
-    if PART != "after":
-        p_ji = tl.exp2(s * scale_log2 - lse_j[:, None])  # scale P_ji: lse_j carries the scale
-        if PART == "diagonal":
-            p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
-        dp_ji = dot(do_j, tl.trans(w_i), None, PRECISION)
-        ds += p_ji * (dp_ji - delta_j[:, None])
-    if PART != "before":
-        do_i = _load_rows(do_base, rows_i, cols, do_stride_n, N, HEAD_DIM)
-        lse_i = tl.load(lse_base + rows_i, mask=rows_i < N, other=float("inf")) * LOG2E
-        delta_i = tl.load(delta_base + rows_i, mask=rows_i < N, other=0.0) * scale
-        p_ij = tl.exp2(s * scale_log2 - lse_i[None, :])  # P_ij^T
-        if PART == "diagonal":
-            p_ij = tl.where(rows_j[:, None] <= rows_i[None, :], p_ij, 0.0)
-        acc = dot(p_ij.to(do_i.dtype), do_i, acc, PRECISION)
-        dp_ij = dot(w_j, tl.trans(do_i), None, PRECISION)  # dP_ij^T
-        ds += p_ij * (dp_ij * scale - delta_i[None, :])
-    return dot(ds.to(w_i.dtype), w_i, acc, PRECISION)
+    for start in range(first, end, VISIT):
+        rows_i = start + tl.arange(0, VISIT)
+        w_i = _load_rows(w_base, rows_i, cols, stride_n, N, HEAD_DIM)
+        s = dot(w_j, tl.trans(w_i), None, PRECISION)  # [OWN, VISIT], unscaled
+        ds = tl.zeros_like(s)  # scale (dS_ji + dS_ij^T)
+        if PART != "after":
+            p_ji = tl.exp2(s * scale_log2 - lse_j[:, None])  # scale P_ji: lse_j carries the scale
+            if PART == "diagonal":
+                p_ji = tl.where(rows_i[None, :] <= rows_j[:, None], p_ji, 0.0)
+            if BAND:
+                p_ji = tl.where(tl.abs(rows_i[None, :] - rows_j[:, None]) <= window, p_ji, 0.0)
+            dp_ji = dot(do_j, tl.trans(w_i), None, PRECISION)
+            ds += p_ji * (dp_ji - delta_j[:, None])
+        if PART != "before":
+            do_i = _load_rows(do_base, rows_i, cols, do_stride_n, N, HEAD_DIM)
+            lse_i = tl.load(lse_base + rows_i, mask=rows_i < N, other=float("inf")) * LOG2E
+            delta_i = tl.load(delta_base + rows_i, mask=rows_i < N, other=0.0) * scale
+            p_ij = tl.exp2(s * scale_log2 - lse_i[None, :])  # P_ij^T
+            if PART == "diagonal":
+                p_ij = tl.where(rows_j[:, None] <= rows_i[None, :], p_ij, 0.0)
+            if BAND:
+                p_ij = tl.where(tl.abs(rows_i[None, :] - rows_j[:, None]) <= window, p_ij, 0.0)
+            acc = dot(p_ij.to(do_i.dtype), do_i, acc, PRECISION)
+            dp_ij = dot(w_j, tl.trans(do_i), None, PRECISION)  # dP_ij^T
+            ds += p_ij * (dp_ij * scale - delta_i[None, :])
+        acc = dot(ds.to(w_i.dtype), w_i, acc, PRECISION)
+    return acc
 
 
 @triton.jit
 def tied_attention_backward_kernel(
-    DO, W, LSE, DELTA, DW, do_stride_b, do_stride_n, stride_b, stride_n, N, heads, scale,
+    DO, W, LSE, DELTA, DW, SEQUENCES, do_stride_b, do_stride_n, stride_b, stride_n, N, rows_in_all,
+    window, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(OWN % VISIT == 0, "causal tile edges must meet")
     tiles = tl.cdiv(N, OWN)
@@ -215,72 +320,99 @@ def tied_attention_backward_kernel(
     j = tl.program_id(0) % tiles
     b = (head // heads).to(tl.int64)
     h = head % heads
-    w_base = W + b * stride_b + h * HEAD_DIM
-    do_base = DO + b * do_stride_b + h * HEAD_DIM
-    lse_base = LSE + head.to(tl.int64) * N
-    delta_base = DELTA + head.to(tl.int64) * N
+    row, length = _sequence(SEQUENCES, b, N, LAYOUT)
+    w_base = _head_base(W, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
+    do_base = _head_base(DO, row, b, h, do_stride_b, do_stride_n, HEAD_DIM, LAYOUT)
+    lse_base = _statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
+    delta_base = _statistics(DELTA, row, head, h, N, rows_in_all, LAYOUT)
     rows_j = j * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
-    w_j = _load_rows(w_base, rows_j, cols, stride_n, N, HEAD_DIM)  # [OWN, BLOCK_D]
-    do_j = _load_rows(do_base, rows_j, cols, do_stride_n, N, HEAD_DIM)
-    lse_j = tl.load(lse_base + rows_j, mask=rows_j < N, other=float("inf")) * LOG2E
+    if LAYOUT != "equal":  # noqa: SIM102 (decided at compilation)
+        if j * OWN >= length:
+            if LAYOUT == "padded":
+                zeros = tl.zeros((OWN, BLOCK_D), tl.float32)
+                _store_rows(DW, zeros, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
+            return
+    w_j = _load_rows(w_base, rows_j, cols, stride_n, length, HEAD_DIM)  # [OWN, BLOCK_D]
+    do_j = _load_rows(do_base, rows_j, cols, do_stride_n, length, HEAD_DIM)
+    lse_j = tl.load(lse_base + rows_j, mask=rows_j < length, other=float("inf")) * LOG2E
     lse_j -= tl.log2(scale)
-    delta_j = tl.load(delta_base + rows_j, mask=rows_j < N, other=0.0)
+    delta_j = tl.load(delta_base + rows_j, mask=rows_j < length, other=0.0)
 
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     scale_log2 = scale * LOG2E
+    own = j * OWN
+    after = (j + 1) * OWN
+    # Tiles from ``whole`` to ``edge`` are no further than the window from any row j.
+    whole = 0
+    edge = length
+    if window is not None:
+        first = tl.maximum(own - window, 0) // VISIT * VISIT
+        whole = tl.cdiv(tl.maximum(after - 1 - window, 0), VISIT) * VISIT
+        end = tl.minimum(length, after + window)
+        edge = tl.minimum(end, (own + window + 1) // VISIT * VISIT)
+        acc = _visit_backward(
+            acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, first,
+            tl.minimum(whole, own if CAUSAL else end), rows_j, cols,
+            stride_n, do_stride_n, length, scale_log2, scale, window,
+            HEAD_DIM, VISIT, "before" if CAUSAL else "both", True, PRECISION,
+        )  # fmt: skip
     if CAUSAL:
-        for start in range(0, j * OWN, VISIT):
-            acc = _visit_backward(
-                acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, start,
-                rows_j, cols, stride_n, do_stride_n, N, scale_log2, scale,
-                HEAD_DIM, VISIT, "before", PRECISION,
-            )  # fmt: skip
-        for start in range(j * OWN, tl.minimum(N, (j + 1) * OWN), VISIT):
-            acc = _visit_backward(
-                acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, start,
-                rows_j, cols, stride_n, do_stride_n, N, scale_log2, scale,
-                HEAD_DIM, VISIT, "diagonal", PRECISION,
-            )  # fmt: skip
-        for start in range((j + 1) * OWN, N, VISIT):
-            acc = _visit_backward(
-                acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, start,
-                rows_j, cols, stride_n, do_stride_n, N, scale_log2, scale,
-                HEAD_DIM, VISIT, "after", PRECISION,
-            )  # fmt: skip
+        acc = _visit_backward(
+            acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, whole, own,
+            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window,
+            HEAD_DIM, VISIT, "before", False, PRECISION,
+        )  # fmt: skip
+        acc = _visit_backward(
+            acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, own,
+            tl.minimum(length, after), rows_j, cols, stride_n, do_stride_n, length, scale_log2,
+            scale, window, HEAD_DIM, VISIT, "diagonal", window is not None, PRECISION,
+        )  # fmt: skip
+        acc = _visit_backward(
+            acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, after, edge,
+            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window,
+            HEAD_DIM, VISIT, "after", False, PRECISION,
+        )  # fmt: skip
     else:
-        for start in range(0, N, VISIT):
-            acc = _visit_backward(
-                acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, start,
-                rows_j, cols, stride_n, do_stride_n, N, scale_log2, scale,
-                HEAD_DIM, VISIT, "both", PRECISION,
-            )  # fmt: skip
+        acc = _visit_backward(
+            acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, whole, edge,
+            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window,
+            HEAD_DIM, VISIT, "both", False, PRECISION,
+        )  # fmt: skip
+    if window is not None:
+        acc = _visit_backward(
+            acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base,
+            tl.maximum(edge, after if CAUSAL else whole), end, rows_j, cols,
+            stride_n, do_stride_n, length, scale_log2, scale, window,
+            HEAD_DIM, VISIT, "after" if CAUSAL else "both", True, PRECISION,
+        )  # fmt: skip
 
-    inner = heads * HEAD_DIM
-    out = DW + b * N * inner + h * HEAD_DIM + rows_j[:, None] * inner + cols[None, :]
-    tl.store(
-        out, acc.to(DW.dtype.element_ty), mask=(rows_j[:, None] < N) & (cols[None, :] < HEAD_DIM)
-    )
+    _store_rows(DW, acc, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
 
 
 # ---- launchers
 
 
-def forward(w: Tensor, heads: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """w (B, N, heads*head_dim) -> o like w, and the log-sum-exp (B, heads, N) in float32."""
-    batch, n, width = w.shape
-    w = _rows_in_place(w)
+def forward(
+    w: Tensor, heads: int, scale: float, causal: bool, mask: Mask = FULL
+) -> tuple[Tensor, Tensor]:
+    """w (B, N, heads*head_dim) -> o like w, and the log-sum-exp (B, heads, N) in float32.
+
+    Packed: w (T, heads*head_dim) -> o like w, and (heads, T).
+    """
+    batch, n, rows_in_all, layout = _sizes(w, mask)
+    w = _rows_in_place(w, n)
     o = w.new_empty(w.shape)
-    lse = w.new_empty(batch, heads, n, dtype=torch.float32)
-    if batch == 0:
+    lse = w.new_empty(lse_shape(w, heads), dtype=torch.float32)
+    if batch == 0 or n == 0:
         return o, lse
-    head_dim = width // heads
+    head_dim = w.shape[-1] // heads
     config = forward_config(w.dtype, head_dim, n)
     with on_device_of(w):
         tied_attention_forward_kernel[(batch * heads * triton.cdiv(n, config.own),)](
-            w, o, lse, w.stride(0), w.stride(1), n, heads, scale,
+            w, o, lse, mask.sequences, *_strides(w), n, rows_in_all, _reach(mask, n), heads, scale,
             HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), OWN=config.own, VISIT=config.visit,
-            CAUSAL=causal, PRECISION=dot_precision(w.dtype),
+            CAUSAL=causal, LAYOUT=layout, PRECISION=dot_precision(w.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
             maxnreg=config.max_registers,
         )  # fmt: skip
@@ -288,36 +420,62 @@ def forward(w: Tensor, heads: int, scale: float, causal: bool) -> tuple[Tensor, 
 
 
 def backward(
-    do: Tensor, w: Tensor, o: Tensor, lse: Tensor, heads: int, scale: float, causal: bool
+    do: Tensor,
+    w: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    heads: int,
+    scale: float,
+    causal: bool,
+    mask: Mask = FULL,
 ) -> Tensor:
     """dw, shaped as w, from do, shaped as o."""
-    batch, n, width = w.shape
-    w, do = _rows_in_place(w), _rows_in_place(do)
+    batch, n, rows_in_all, layout = _sizes(w, mask)
+    w, do = _rows_in_place(w, n), _rows_in_place(do, n)
     dw = w.new_empty(w.shape)
-    if batch == 0:
+    if batch == 0 or n == 0:
         return dw
-    head_dim = width // heads
-    config = backward_config(w.dtype, head_dim, n, causal)
+    head_dim = w.shape[-1] // heads
+    config = backward_config(w.dtype, head_dim, n, causal or mask.window is not None)
     delta = torch.empty_like(lse)
     with on_device_of(w):
         tied_attention_delta_kernel[(batch * heads * triton.cdiv(n, 64),)](
-            do, o, delta, do.stride(0), do.stride(1), n, heads,
-            HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), OWN=64,
+            do, o, delta, mask.sequences, *_strides(do), n, rows_in_all, heads,
+            HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), OWN=64, LAYOUT=layout,
         )  # fmt: skip
         tied_attention_backward_kernel[(batch * heads * triton.cdiv(n, config.own),)](
-            do, w, lse, delta, dw, do.stride(0), do.stride(1), w.stride(0), w.stride(1),
-            n, heads, scale,
+            do, w, lse, delta, dw, mask.sequences, *_strides(do), *_strides(w),
+            n, rows_in_all, _reach(mask, n), heads, scale,
             HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), OWN=config.own, VISIT=config.visit,
-            CAUSAL=causal, PRECISION=dot_precision(w.dtype),
+            CAUSAL=causal, LAYOUT=layout, PRECISION=dot_precision(w.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
             maxnreg=config.max_registers,
         )  # fmt: skip
     return dw
 
 
-def _rows_in_place(t: Tensor) -> Tensor:
-    """t itself where its rows are contiguous, and near enough for 32 bits, else a copy."""
-    near = t.shape[1] * t.stride(1) < 2**31
+def _sizes(w: Tensor, mask: Mask) -> tuple[int, int, int | None, str]:
+    """Sequences, rows of the longest, rows in all (of packed sequences), and LAYOUT."""
+    if mask.sequences is None:
+        return w.shape[0], w.shape[1], None, "equal"
+    if w.dim() == 3:
+        return w.shape[0], w.shape[1], None, "padded"
+    return len(mask.sequences) - 1, min(mask.longest, len(w)), len(w), "packed"
+
+
+def _reach(mask: Mask, n: int) -> int | None:
+    """The window, no wider than it can be, so that 32 bits hold it."""
+    return None if mask.window is None else min(mask.window, n)
+
+
+def _strides(t: Tensor) -> tuple[int | None, int]:
+    """Between items of a batch (packed sequences have none) and between rows."""
+    return (t.stride(0), t.stride(1)) if t.dim() == 3 else (None, t.stride(0))
+
+
+def _rows_in_place(t: Tensor, n: int) -> Tensor:
+    """t itself where its rows are contiguous, and n near enough for 32 bits, else a copy."""
+    near = n * t.stride(-2) < 2**31
     return t if t.stride(-1) == 1 and near else t.contiguous()
 
 
