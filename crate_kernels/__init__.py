@@ -1,7 +1,8 @@
 """Fused kernels for CRATE, the white-box transformer (arXiv 2311.13110).
 
-Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention` and a whole layer of both,
-:func:`crate_block`, each with its ``*_reference`` twin.
+Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, its step of generation
+:func:`tied_attention_decode`, and a whole layer, :func:`crate_block`, each with its
+``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back.
 """
 
@@ -14,6 +15,8 @@ from . import models, nn
 from .backends import Explanation
 from .block.op import crate_block, explain_crate_block
 from .block.reference import crate_block_reference, crate_block_reference_backward
+from .decode.op import explain_tied_attention_decode, tied_attention_decode
+from .decode.reference import tied_attention_decode_reference
 from .ista.op import explain_ista, ista
 from .ista.reference import ista_reference, ista_reference_backward
 from .mssa.op import explain_mssa, explain_tied_attention, mssa, tied_attention
@@ -43,6 +46,8 @@ __all__ = [
     "mssa_reference_backward",
     "nn",
     "tied_attention",
+    "tied_attention_decode",
+    "tied_attention_decode_reference",
     "tied_attention_reference",
     "tied_attention_reference_backward",
     "unfuse",
@@ -53,12 +58,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backends fit ``op`` called with these arguments, and why the others do not.
 
     ``print(crate_kernels.explain("mssa", x, w_qkv, w_out, b_out, heads=12))``. ``op`` is
-    "mssa", "tied_attention", "ista" or "crate_block"; the other arguments are that op's own
-    (without backend). Bad arguments raise as the op itself would.
+    "mssa", "tied_attention", "tied_attention_decode", "ista" or "crate_block"; the other
+    arguments are that op's own (without backend). Bad arguments raise as the op itself would.
     """
     explainers: dict[str, Callable[..., Explanation]] = {
         "mssa": explain_mssa,
         "tied_attention": explain_tied_attention,
+        "tied_attention_decode": explain_tied_attention_decode,
         "ista": explain_ista,
         "crate_block": explain_crate_block,
     }

@@ -30,6 +30,8 @@ CUDA_HEAD_DIMS = (48, 64, 80, 128)  # kHeadDims of csrc/crate_kernels.h
 # Elements of x below which the CUDA kernel has too few tiles of 128 x 128 for a GPU's 132
 # multiprocessors: 7.9 us against Triton's 5.4 at 197 x 768, 8.8 against 8.2 at 1576 x 768.
 CUDA_ISTA_LEAST = 128 * 128 * 132
+# Ops that have no CUDA kernel, and why.
+CUDA_LACKS = {"tied_attention_decode": "decoding is bound by memory: it has a Triton kernel alone"}
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 
@@ -52,7 +54,7 @@ class Explanation:
 def explain(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> Explanation:
     """What fits op on ``x`` computing in ``dtype``; head_dim is None for ops without heads."""
     reasons = {
-        "cuda": _against_cuda(x, dtype, head_dim),
+        "cuda": ((CUDA_LACKS[op],) if op in CUDA_LACKS else _against_cuda(x, dtype, head_dim)),
         "triton": _against_triton(x, dtype, head_dim),
         "reference": (),
     }
