@@ -11,6 +11,7 @@ tokens*(tokens+1)/2). A product of an m x k and a k x n matrix is 2 m k n operat
                      backward  attention + 4 GEMMs; x, dy, dx, weights, their gradients
     ista             forward   1 GEMM of T*D*D (G is constant without a gradient); x, y, W
                      backward  2 GEMMs + G and W(M + M^T), each min(T, D)*D*D; x, y, dy, dx, W, dW
+    decode           2 products of pairs*head_dim, pairs = batch*heads*tokens; the cache, w twice, o
     model            depth * (mssa + ista) + stem + head; images, parameters, logits; a training
                      step: AdamW reads 4 and writes 3 float32 tensors a parameter
 
@@ -80,6 +81,12 @@ def _ista(w: Workload) -> tuple[Cost, Cost]:
     return Cost(gemm, 2 * x + weight), Cost(2 * gemm + 2 * square, 4 * x + 2 * weight)
 
 
+def _decode(w: Workload) -> tuple[Cost, Cost]:
+    pairs, row = w.batch * w.heads * w.tokens, w.batch * w.heads * w.head_dim
+    moved = (w.tokens - 1 + 3) * row * w.torch_dtype.itemsize  # w is read and written to the cache
+    return Cost(2 * 2 * pairs * w.head_dim, moved, pairs), Cost(0, 0)
+
+
 def _model(w: Workload) -> tuple[Cost, Cost]:
     shape = MODELS[w.model]
     layer = replace(
@@ -100,7 +107,7 @@ def replace_bytes(part: Cost, count: float) -> Cost:
     return Cost(part.flops, count, part.exponentials)
 
 
-_PARTS = {"core": _attention, "mssa": _mssa, "ista": _ista, "model": _model}
+_PARTS = {"core": _attention, "mssa": _mssa, "ista": _ista, "decode": _decode, "model": _model}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Decoding in plain PyTorch, without a host sync: what the kernels of this op are checked against."""
+"""Decoding in plain PyTorch without a host sync: what the kernels of it are checked against."""
 
 from __future__ import annotations
 
