@@ -6,7 +6,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_equal_results, block_inputs, ista_inputs, mssa_inputs, results
+from helpers import (
+    assert_equal_results,
+    block_inputs,
+    decode_inputs,
+    ista_inputs,
+    mssa_inputs,
+    results,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from crate_kernels import ista, mssa, tied_attention
@@ -86,6 +93,13 @@ def test_opcheck_crate_block(memory, c_dtype, out):
         torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_tied_attention_decode(dtype):
+    w, cache, lengths = decode_inputs(2, 2, 4, 9, (4, 7))
+    given = (w.to(dtype), cache.to(dtype), lengths, 2, 0.5, "reference")
+    torch.library.opcheck(OPS.tied_attention_decode, given)
+
+
 def test_every_registered_op_is_checked_above():
     names = {name for name in torch._C._dispatch_get_all_op_names() if "crate_kernels::" in name}
     assert names == {
@@ -93,6 +107,7 @@ def test_every_registered_op_is_checked_above():
         for name in (
             "tied_attention",
             "tied_attention_backward",
+            "tied_attention_decode",
             "ista",
             "ista_backward",
             "ista_apply",

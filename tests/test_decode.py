@@ -109,13 +109,6 @@ def test_is_compiled_whole_and_writes_to_the_cache():
     assert after.tolist() == [5, 8]
 
 
-@pytest.mark.parametrize("n_new", [1, 3])
-def test_opcheck(n_new):
-    w, cache, lengths = decode_inputs(n_new, 2, 4, 9, (4, 5))
-    op = torch.ops.crate_kernels.tied_attention_decode
-    torch.library.opcheck(op, (w, cache, lengths, 2, 0.5, "reference"))
-
-
 def test_autograd_is_told_of_the_write():
     w, cache, lengths = decode_inputs(1, 2, 4, 9, (4, 5))
     x = torch.ones_like(cache, requires_grad=True)

@@ -33,7 +33,7 @@ class DecodeCase:
 
     @staticmethod
     def make(w: Workload, device: torch.device, generator: torch.Generator) -> DecodeCase:
-        tensors = []
+        tensors: list[tuple[Tensor, ...]] = []
         for _ in range(input_sets(cost(w).bytes, device)):
             shape = (w.batch, w.tokens, w.heads * w.head_dim)
             rows = torch.randn(shape, device=device, generator=generator)

@@ -5,12 +5,13 @@ checkpoint.py loads what people have; timm_models.py, not imported here, registe
 
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
-from .gpt import CRATEGPT, crate_gpt
+from .gpt import CRATEGPT, KVCache, crate_gpt
 from .mae import MAEEncoderBlock
 
 __all__ = [
     "CRATE",
     "CRATEGPT",
+    "KVCache",
     "MAEEncoderBlock",
     "PreNorm",
     "Transformer",
