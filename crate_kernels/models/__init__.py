@@ -6,7 +6,15 @@ checkpoint.py loads what people have; timm_models.py, not imported here, registe
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
 from .gpt import CRATEGPT, KVCache, crate_gpt
-from .mae import MAEEncoderBlock
+from .mae import (
+    MAEDecoderBlock,
+    MAEEncoderBlock,
+    MaskedAutoencoder,
+    crate_mae_base,
+    crate_mae_large,
+    crate_mae_small,
+    crate_mae_tiny,
+)
 
 __all__ = [
     "CRATE",
