@@ -1,8 +1,9 @@
 """Fused kernels for CRATE, the white-box transformer (arXiv 2311.13110).
 
-Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, a whole layer of both,
-:func:`crate_block`, the stem, :func:`patch_embedding`, and the ISTA of CRATE-alpha,
-:func:`overcomplete_ista`, each with its ``*_reference`` twin.
+Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention` and its step of generation
+:func:`tied_attention_decode`, a whole layer, :func:`crate_block`, the stem,
+:func:`patch_embedding`, and the ISTA of CRATE-alpha, :func:`overcomplete_ista`, each with its
+``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back,
 :func:`prepare_for_inference` makes once what a call makes of the weights.
 """
@@ -16,6 +17,8 @@ from . import models, nn, whitebox
 from .backends import Explanation
 from .block.op import crate_block, explain_crate_block
 from .block.reference import crate_block_reference, crate_block_reference_backward
+from .decode.op import explain_tied_attention_decode, tied_attention_decode
+from .decode.reference import tied_attention_decode_reference
 from .ista.op import explain_ista, ista
 from .ista.reference import ista_reference, ista_reference_backward
 from .mssa.op import explain_mssa, explain_tied_attention, mssa, tied_attention
@@ -63,6 +66,8 @@ __all__ = [
     "patch_embedding_reference_backward",
     "prepare_for_inference",
     "tied_attention",
+    "tied_attention_decode",
+    "tied_attention_decode_reference",
     "tied_attention_reference",
     "tied_attention_reference_backward",
     "unfuse",
@@ -80,6 +85,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     explainers: dict[str, Callable[..., Explanation]] = {
         "mssa": explain_mssa,
         "tied_attention": explain_tied_attention,
+        "tied_attention_decode": explain_tied_attention_decode,
         "ista": explain_ista,
         "crate_block": explain_crate_block,
         "patch_embedding": explain_patch_embedding,

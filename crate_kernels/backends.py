@@ -30,7 +30,7 @@ CUDA_HEAD_DIMS = (48, 64, 80, 128)  # kHeadDims of csrc/crate_kernels.h
 # Elements of x below which the CUDA kernel has too few tiles of 128 x 128 for a GPU's 132
 # multiprocessors: 7.9 us against Triton's 5.4 at 197 x 768, 8.8 against 8.2 at 1576 x 768.
 CUDA_ISTA_LEAST = 128 * 128 * 132
-WITHOUT_CUDA = ("overcomplete_ista",)  # ops that csrc/ has no kernels for
+WITHOUT_CUDA = ("overcomplete_ista", "tied_attention_decode")  # ops that csrc/ has no kernels for
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 

@@ -122,6 +122,21 @@ def _before_relus(
     return first, z - step_size * lasso - step_size * lambd
 
 
+def published_decode(
+    w: Tensor, cache: Tensor, lengths: Tensor, *, heads: int, scale: float | None = None
+) -> Tensor:
+    """The last rows of causal attention over each item's whole sequence; NaN for what has no room
+    in the cache, which is left alone."""
+    o = torch.full_like(w, float("nan"))
+    for b, length in enumerate(lengths.tolist()):
+        n_new = min(w.shape[1], cache.shape[1] - length)
+        if length < 0 or n_new <= 0:
+            continue
+        whole = torch.cat([cache[b, :length], w[b, :n_new]])[None]
+        o[b, :n_new] = published_attention(whole, heads=heads, scale=scale, causal=True)[0, length:]
+    return o
+
+
 # ---- inputs
 
 # Standard deviation of nn.Linear's initial weights times the square root of its inputs.
@@ -146,6 +161,39 @@ def mssa_inputs(
     if bias:
         inputs["b_out"] = torch.randn(width, dtype=torch.float64)
     return inputs
+
+
+def decode_inputs(
+    n_new: int, heads: int, head_dim: int, capacity: int, lengths: Iterable[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w, cache and lengths in float64; rows of the cache that are not in use yet are NaN."""
+    counts = torch.tensor(list(lengths), dtype=torch.int32)
+    width = heads * head_dim
+    w = torch.randn(len(counts), n_new, width, dtype=torch.float64) * INITIAL
+    cache = torch.randn(len(counts), capacity, width, dtype=torch.float64) * INITIAL
+    cache[torch.arange(capacity) >= counts[:, None]] = float("nan")
+    return w, cache, counts
+
+
+def check_decode(
+    decode: Callable[..., Tensor], w: Tensor, cache: Tensor, lengths: Tensor, **options: Any
+) -> Tensor:
+    """o of ``decode``, which is as close to float64 as plain PyTorch and writes what it should."""
+    before, capacity = cache.clone(), cache.shape[1]
+    o = decode(w, cache, lengths, **options)
+    plain = published_decode(w, before, lengths, **options)
+    exact = published_decode(w.double(), before.double(), lengths, **options)
+    what = (tuple(w.shape), capacity, w.dtype, options)
+    assert torch.equal(o.isnan(), exact.isnan()), what
+    assert o.is_contiguous() and o.shape == w.shape, what
+    outputs = [{"y": t.nan_to_num()} for t in (o, plain, exact)]
+    assert_as_close_as_plain(*outputs, what)
+    for b, length in enumerate(lengths.tolist()):
+        if 0 <= length < capacity:
+            n_new = min(w.shape[1], capacity - length)
+            before[b, length : length + n_new] = w[b, :n_new]
+    assert torch.equal(cache.nan_to_num(9.0), before.nan_to_num(9.0)), what
+    return o
 
 
 def ista_inputs(*shape: int) -> dict[str, Tensor]:

@@ -74,6 +74,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         layer("mssa", "forward", "fp64", causal=True),
         layer("ista", "forward+backward", "fp64"),
         layer("overcomplete", "forward+backward", "fp64"),
+        layer("decode", "forward", "fp64"),
         *(workloads.model("crate_tiny", mode, 17, dtype="fp32") for mode in ("forward", "train")),
     ],
     ids=lambda w: f"{w.suite} {w.label}",
@@ -428,16 +429,18 @@ def test_nothing_half_written_is_left_where_writing_fails(
 def test_runs_from_end_to_end(
     small_model: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run_bench("--suite", "core", "mssa", "ista", *SMALL, "--out", str(tmp_path)) == 0
+    assert (
+        run_bench("--suite", "core", "mssa", "ista", "decode", *SMALL, "--out", str(tmp_path)) == 0
+    )
     assert run_bench("--suite", "cpu", "--batch", "2", "--out", str(tmp_path)) == 0
     printed = capsys.readouterr().out
-    assert "python -m crate_kernels bench --suite core mssa ista --device cpu" in printed
+    names = ("core-cpu", "mssa-cpu", "ista-cpu", "decode-cpu", "cpu")
+    assert "python -m crate_kernels bench --suite core mssa ista decode --device cpu" in printed
     assert {p.name for p in tmp_path.iterdir()} == {
-        f"{name}.{kind}"
-        for name in ("core-cpu", "mssa-cpu", "ista-cpu", "cpu")
-        for kind in ("csv", "md", "png")
+        f"{name}.{kind}" for name in names for kind in ("csv", "md", "png")
     }
-    for name, count in (("core-cpu", 6), ("mssa-cpu", 3), ("ista-cpu", 2), ("cpu", 3)):
+    counts = (6, 3, 2, 3, 3)
+    for name, count in zip(names, counts, strict=True):
         rows = read_csv(tmp_path / f"{name}.csv")
         assert len(rows) == count
         for row in rows:

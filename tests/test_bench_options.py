@@ -94,6 +94,9 @@ def test_each_mode_asked_for_is_run_once(modes: list[str]) -> None:
         "--suite core --device cuda",
         "--suite model --tokens 50",
         "--suite ista --causal",
+        "--suite decode --mode backward",
+        "--suite decode --width 5",
+        "--suite decode --autocast",
         "--suite core --model crate_tiny",
     ],
 )
@@ -179,6 +182,8 @@ def test_a_suite_of_an_op_and_a_model(size: str) -> None:
         # G and W(M + M^T) are 5 * 5 * 5 * 2 operations, from the 2 tokens below 2 * 5 * 5 * 2.
         (("ista", "forward", 3), 300, 2 * 30 + 25, 0),
         (("ista", "backward", 3), 2 * 300 + 2 * 250, 4 * 30 + 2 * 25, 0),
+        # Of 2 * 2 sequences of 3: 12 pairs; the cache of 2 rows, w read and written, and o.
+        (("decode", "forward", 3), 2 * 12 * 4 * 2, 2 * 8 * (2 + 3), 12),
         (("ista", "backward", 1), 2 * 100 + 2 * 100, 4 * 10 + 2 * 25, 0),
         # A product with a dictionary, 100 elements, is 6 * 5 * 20 * 2 operations.
         (("overcomplete", "forward", 3), 4 * 1200, 2 * 30 + 2 * 100, 0),

@@ -9,9 +9,11 @@ import torch
 from helpers import (
     assert_equal_results,
     block_inputs,
+    decode_inputs,
     ista_inputs,
     mssa_inputs,
     overcomplete_inputs,
+    patch_embedding_inputs,
     results,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -125,6 +127,32 @@ def test_opcheck_overcomplete_ista(memory, c_dtype, tied):
         torch.library.opcheck(OPS.overcomplete_ista_backward, (*saved, *options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_tied_attention_decode(dtype):
+    w, cache, lengths = decode_inputs(2, 2, 4, 9, (4, 7))
+    given = (w.to(dtype), cache.to(dtype), lengths, 2, 0.5, "reference")
+    torch.library.opcheck(OPS.tied_attention_decode, given)
+
+
+@pytest.mark.parametrize("c_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_class_token", [False, True])
+def test_opcheck_patch_embedding(with_class_token, c_dtype):
+    inputs = patch_embedding_inputs(2, 3, (1, 2), (2, 2), 8)
+    given = [t.float() for t in inputs.values()]
+    given[-2:] = given[-2:] if with_class_token else [None, None]
+    options = ([2, 2], 1e-5)
+    for keeps in (False, True):
+        rest = (*options, c_dtype, torch.float32, keeps, "reference")
+        torch.library.opcheck(OPS.patch_embedding, (*given, *rest))
+    leaves = [None if t is None else t.clone().requires_grad_() for t in given]
+    torch.library.opcheck(OPS.patch_embedding, (*leaves, *rest))
+    x, *kept = OPS.patch_embedding(*given, *rest)
+    for wants in ([True] * 9, [False, True, False] * 3):
+        saved = (torch.randn_like(x), *kept, *given)
+        wants = wants[:7] + [w and with_class_token for w in wants[7:]]
+        torch.library.opcheck(OPS.patch_embedding_backward, (*saved, *options, wants, "reference"))
+
+
 def test_every_registered_op_is_checked_above():
     names = {name for name in torch._C._dispatch_get_all_op_names() if "crate_kernels::" in name}
     assert names == {
@@ -134,6 +162,7 @@ def test_every_registered_op_is_checked_above():
             "tied_attention_backward",
             "tied_attention_masked",
             "tied_attention_masked_backward",
+            "tied_attention_decode",
             "ista",
             "ista_backward",
             "ista_apply",
@@ -141,6 +170,8 @@ def test_every_registered_op_is_checked_above():
             "crate_block_backward",
             "overcomplete_ista",
             "overcomplete_ista_backward",
+            "patch_embedding",
+            "patch_embedding_backward",
         )
     }
 

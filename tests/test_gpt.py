@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_results
 
 import crate_kernels
-from crate_kernels import models
+from crate_kernels import crate_block, models
+from crate_kernels.models import gpt
 
 SIZE = {"vocab_size": 11, "context": 9, "dim": 12, "depth": 2, "heads": 3}
 
@@ -153,3 +156,146 @@ def test_refuses_other_sequences(idx):
 def test_refuses_heads_that_do_not_divide_the_width():
     with pytest.raises(ValueError, match="expected heads to divide"):
         tiny(heads=5)
+
+
+# ---- a layer as one op
+
+
+def test_layers_run_as_one_op_each_unless_something_would_be_passed_over(monkeypatch):
+    idx, targets = tokens()
+    model, calls = tiny(), []
+    monkeypatch.setattr(gpt, "crate_block", lambda *a, **k: calls.append(1) or crate_block(*a, **k))
+    want = model(idx, targets)[1]
+    assert len(calls) == len(model.transformer["h"]) == 2
+    block = model.transformer["h"][0]
+    seen = []
+    for module in (block.prenorm_1, block.attn, block.attn.c_proj, block.ista):
+        calls.clear()
+        hook = module.register_forward_hook(lambda m, *_: seen.append(m))
+        torch.testing.assert_close(model(idx, targets)[1], want)
+        hook.remove()
+        assert seen[-1] is module and len(calls) == 1  # the other layer as before
+    calls.clear()
+    block.attn.c_proj = torch.nn.Sequential(block.attn.c_proj)  # as an adapter would
+    torch.testing.assert_close(model(idx, targets)[1], want)
+    assert len(calls) == 1
+
+
+def test_layers_of_one_op_keep_the_accuracy_of_autocast():
+    model, (idx, targets) = tiny().float(), tokens()
+
+    def results(model):
+        logits, loss = model(idx, targets)
+        loss.backward()
+        grads = {f"d{n}": p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+        return {"y": logits.detach(), **grads}
+
+    exact = results(copy.deepcopy(model).double())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(model)
+        for block in model.transformer["h"]:
+            block.attn.register_forward_hook(lambda *_: None)
+        plain = results(model)
+    assert got["y"].dtype == plain["y"].dtype == torch.bfloat16
+    # An ISTA value that rounds to the other side of its threshold outweighs all rounding.
+    medians = [
+        {name: (t.double() - exact[name]).abs().median().reshape(1) for name, t in found.items()}
+        for found in (got, plain)
+    ]
+    for name in exact:
+        assert medians[0][name] <= 3 * medians[1][name] + 1e-4, name
+
+
+def test_is_compiled_whole():
+    torch.compiler.reset()
+    model, (idx, targets) = tiny(), tokens()
+    want = model(idx, targets)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(idx, targets), want
+    )
+
+
+# ---- generation
+
+
+def without_cache(model, idx, n, temperature=0.0, top_k=None, generator=None):
+    """The published loop."""
+    for _ in range(n):
+        logits = model(idx[:, -model.context :])[0][:, -1]
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            logits = logits / temperature
+            if top_k is not None:
+                least = torch.topk(logits, min(top_k, logits.shape[-1]))[0][:, [-1]]
+                logits[logits < least] = -float("inf")
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        idx = torch.cat((idx, new), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("length", [1, 4, 9, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("final_norm", [False, True])
+def test_generation_is_that_without_a_cache(length, dtype, final_norm):
+    """And past the context, where the tokens are cropped."""
+    model = tiny(final_norm=final_norm).to(dtype)
+    idx = torch.randint(11, (3, length))
+    with torch.no_grad():
+        want = without_cache(model, idx, 12)
+        drawn = without_cache(model, idx, 12, 0.7, 4, torch.Generator().manual_seed(2))
+    assert torch.equal(model.generate(idx, 12, temperature=0), want)
+    generator = torch.Generator().manual_seed(2)
+    got = model.generate(idx, 12, temperature=0.7, top_k=4, generator=generator)
+    assert torch.equal(got, drawn)
+    assert len(set(want[:, length:].flatten().tolist())) > 1  # not one token for ever
+
+
+def test_steps_read_the_prompt_once(monkeypatch):
+    model, widths = tiny(), []
+    block = model.transformer["h"][1]
+    block.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    model.generate(torch.randint(11, (2, 3)), 8, temperature=0)
+    assert widths == [3, 1, 1, 1, 1, 1, 1, 9]
+
+
+def test_a_cache_takes_prompts_of_several_lengths_and_several_tokens_at_once():
+    model = tiny()
+    idx, _ = tokens()
+    cache = model.new_cache(2, 8)
+    assert cache.layers.shape == (2, 2, 8, 12) and cache.layers.dtype == torch.float64
+    model.prefill(idx[:, :5], cache)
+    cache.lengths[1] = 3  # its last two were padding
+    got = model.step(torch.stack((idx[0, 5:8], idx[1, 3:6])), cache)
+    assert cache.lengths.tolist() == [8, 6]
+    for b, start in ((0, 5), (1, 3)):
+        for t in range(3):
+            alone, _ = model(idx[b : b + 1, : start + t + 1])
+            torch.testing.assert_close(got[b, t], alone[0, 0])
+    more = model.step(idx[:, 8:], cache)
+    assert more[0].isnan().all() and more[1].isfinite().all()  # item 0 is full
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, idx: m.generate(idx, 1, temperature=-1.0), "temperature to be finite and >= 0"),
+        (lambda m, idx: m.generate(idx, 1, top_k=0), "top_k of at least 1, or None, got 0"),
+        (lambda m, idx: m.generate(idx[0], 1), r"tokens of shape \(B, T\) with T > 0"),
+        (lambda m, idx: m.generate(idx[:, :0], 1), r"got \(2, 0\)"),
+        (lambda m, idx: m.new_cache(2, 10), "capacity from 1 to 9, got 10"),
+        (lambda m, idx: m.new_cache(2, 0), "capacity from 1 to 9, got 0"),
+        (lambda m, idx: m.prefill(idx, m.new_cache(2, 8)), r"\(2, T\) with T <= 8"),
+        (lambda m, idx: m.prefill(idx, m.new_cache(1)), r"tokens of shape \(1, T\)"),
+        (lambda m, idx: m.step(idx[:, :0], m.new_cache(2)), r"0 < T <= 9"),
+    ],
+)
+def test_what_generation_refuses(call, message):
+    with pytest.raises(ValueError, match=f"CRATEGPT.*{message}"):
+        call(tiny(), tokens()[0])
+
+
+def test_nothing_is_generated_for_no_tokens():
+    idx, _ = tokens()
+    assert torch.equal(tiny().generate(idx, 0), idx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from compile_only import builds_for, transposed_accumulators
 
 from crate_kernels import backends
 from crate_kernels.block import triton_kernels as block_kernels
+from crate_kernels.decode import triton_kernels as decode_kernels
 from crate_kernels.ista import triton_kernels as ista_kernels
 from crate_kernels.mssa import triton_kernels as mssa_kernels
 from crate_kernels.mssa.masks import Mask
@@ -107,6 +109,12 @@ def launch_overcomplete(x_dtype, dtype, rows, d, m, transposed=False):
     overcomplete_kernels.input_gradient(r, e1, dictionary, x_dtype)
 
 
+def launch_decode(dtype, head_dim, n_new, batch=64, capacity=4096, heads=12):
+    w = meta(batch, n_new, heads * head_dim, dtype=dtype)
+    cache = meta(batch, capacity, heads * head_dim, dtype=dtype)
+    decode_kernels.decode(w, cache, meta(batch, dtype=torch.int32), heads, 0.125)
+
+
 def check(builds, capability):
     assert builds
     for build in builds:
@@ -184,6 +192,27 @@ def test_overcomplete_ista_builds(capability, x_dtype, dtype):
     check(builds, capability)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim"),
+    [((8, 0), torch.bfloat16, 64), ((9, 0), torch.bfloat16, 80), ((9, 0), torch.float32, 128)],
+)
+def test_decode_builds(capability, dtype, head_dim):
+    with builds_for(capability) as builds:
+        for n_new in (1, 4, 40):
+            launch_decode(dtype, head_dim, n_new)
+        launch_decode(dtype, head_dim, 1, capacity=100)  # in one part
+    check(builds, capability)
+    assert {b.name for b in builds} == {
+        "decode_one_kernel",
+        "decode_rows_kernel",
+        "combine_kernel",
+    }
+    for build in builds:  # what is read ahead stays in registers
+        loop = re.search(r"scf.for .*?\n    }", build.asm["ttgir"], re.DOTALL)
+        if build.name == "decode_one_kernel":
+            assert loop and "local_load" not in loop[0] and "convert_layout" not in loop[0]
+
+
 def test_sizes_of_one_build():
     """Triton makes integer arguments equal to 1 constants: one image, head, token, column."""
     with builds_for((9, 0)) as builds:
@@ -195,6 +224,8 @@ def test_sizes_of_one_build():
         mssa_kernels.backward(w, w, o, lse, 1, 1.0, False)
         launch_ista(torch.float32, torch.bfloat16, 1, 1)
         launch_overcomplete(torch.float32, torch.bfloat16, 1, 1, 8)
+        launch_decode(torch.bfloat16, 1, 1, batch=1, capacity=1, heads=1)
+        launch_decode(torch.bfloat16, 1, 2, batch=1, capacity=1, heads=1)
     check(builds, (9, 0))
 
 

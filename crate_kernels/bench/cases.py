@@ -24,6 +24,7 @@ from ..overcomplete_ista.reference import (
     overcomplete_ista_reference_backward,
 )
 from .check import Outputs
+from .decode_case import DecodeCase
 from .peers import LAMBD, STEP_SIZE, Candidate, build_unfused
 from .roofline import cost
 from .timing import Step, input_sets
@@ -321,11 +322,13 @@ class ModelCase:
         return result
 
 
-Case = LayerCase | ModelCase
+Case = LayerCase | DecodeCase | ModelCase
 
 
 def make_case(w: Workload, device: torch.device, seed: int) -> Case:
     generator = torch.Generator(device).manual_seed(seed)
     if w.suite == "model":
         return ModelCase.make(w, device, generator)
+    if w.suite == "decode":
+        return DecodeCase.make(w, device, generator)
     return LayerCase.make(w, device, generator)

@@ -23,10 +23,12 @@ LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, backend_names = parser.add_argument, ("auto", *backends.BACKENDS)
     add("--suite", nargs="+", default=["all"], choices=("all", *SUITES, "cpu"),
-        help="all: these but cpu; alpha: CRATE-alpha, its ISTA and a model; cpu: model on the CPU")
+        help="all: these but cpu; decode: a step of generation; alpha: CRATE-alpha, its ISTA and "
+        "a model; cpu: model on the CPU")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--mode", nargs="+", choices=MODES,
-        help="layers: forward, backward, forward+backward; model: forward, train")
+        help="layers: forward, backward, forward+backward; decode: forward; "
+        "model: forward, train")
     for size in SIZES:
         several: dict[str, Any] = {"nargs": "+"} if size in ("batch", "tokens") else {}
         add(f"--{size.replace('_', '-')}", type=_positive, help="replaces the suite's shapes",
@@ -111,21 +113,22 @@ def _changed_part(
     workloads: tuple[Workload, ...], args: argparse.Namespace, device: torch.device
 ) -> list[Workload]:
     """Sizes replace the shapes by one."""
-    is_model = workloads[0].suite == "model"
+    suite = workloads[0].suite
+    is_model = suite == "model"
     first_shape = [w for w in workloads if w.shape == workloads[0].shape and not w.causal]
     resized = any(getattr(args, size) for size in (("batch",) if is_model else SIZES))
     start = first_shape if resized or (is_model and args.model) else list(workloads)
     axes: dict[str, list[Any]] = {}
     if args.mode:
-        allowed = MODEL_MODES if is_model else LAYER_MODES
+        allowed = MODEL_MODES if is_model else LAYER_MODES[: 1 if suite == "decode" else None]
         axes["mode"] = [mode for mode in args.mode if mode in allowed]
     if is_model:
         axes |= {"model": args.model} if args.model else {}
         axes |= {"batch": args.batch} if args.batch else {}
     else:
         axes |= {size: _listed(value) for size in SIZES if (value := getattr(args, size))}
-        axes |= {"causal": [True]} if args.causal and workloads[0].suite in ATTENTION else {}
-        axes |= {"autocast": [True]} if args.autocast else {}
+        axes |= {"causal": [True]} if args.causal and suite in ATTENTION else {}
+        axes |= {"autocast": [True]} if args.autocast and suite != "decode" else {}
     axes |= {"dtype": [args.dtype]} if args.dtype else {}
     found = []
     for combination in itertools.product(*axes.values()):
@@ -139,7 +142,8 @@ def _changed_part(
 def _refuse_what_has_no_effect(args: argparse.Namespace, suites: set[str]) -> None:
     """Options that none of the suites to be run knows."""
     layers = {*ATTENTION, "ista", "overcomplete"}
-    takers = dict.fromkeys(("tokens", "heads", "head_dim", "width", "autocast"), layers)
+    takers = dict.fromkeys(("width", "autocast"), layers)
+    takers |= dict.fromkeys(("tokens", "heads", "head_dim"), layers | {"decode"})
     takers |= {"causal": ATTENTION, "model": {"model"}}
     for name, known in takers.items():
         if getattr(args, name) and not known & suites:

@@ -17,6 +17,7 @@ cublas         no peer but a yardstick for ISTA, not checked: bare GEMMs over th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ CANDIDATES = {
         "core": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
         "mssa": ("eager", "sdpa+compile", OURS),
         "ista": ("eager", "compile", YARDSTICK, OURS),
+        "decode": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
         "model": ("eager", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
         "overcomplete": ("eager", "compile", YARDSTICK, OURS),
         "alpha": ("eager", "compile", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
@@ -48,6 +50,7 @@ CANDIDATES = {
         "core": ("eager", "sdpa", OURS),
         "mssa": ("eager", "sdpa", OURS),
         "ista": ("eager", OURS),
+        "decode": ("eager", "sdpa", OURS),
         "model": ("eager", "sdpa", OURS),
         "overcomplete": ("eager", OURS),
         "alpha": ("eager", "sdpa", OURS),
@@ -111,6 +114,8 @@ def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
         return _ista(form, w, backend)
     if form == YARDSTICK:
         raise Unavailable("a yardstick for ISTA alone")
+    if w.suite == "decode":
+        return _decode(form, w, backend)
     if form == OURS:
         from ..mssa.op import mssa as fused_mssa
         from ..mssa.op import tied_attention
@@ -144,6 +149,30 @@ def _ista(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
 
     op: Callable[..., Tensor] = overcomplete_ista if wide else ista
     return lambda *tensors: op(*tensors, step_size=STEP_SIZE, lambd=LAMBD, backend=backend)
+
+
+def _decode(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
+    """Of (new, cache, lengths, keys, values): see decode_case.py."""
+    if form == OURS:
+        from ..decode.op import tied_attention_decode
+
+        def ours(new: Tensor, cache: Tensor, lengths: Tensor, *theirs: Tensor) -> Tensor:
+            return tied_attention_decode(new, cache, lengths, heads=w.heads, backend=backend)
+
+        return ours
+
+    def attention(new: Tensor, cache: Tensor, lengths: Tensor, *theirs: Tensor) -> Tensor:
+        keys, values = theirs  # (B, heads, N, head_dim)
+        query = new.unflatten(-1, (w.heads, -1)).transpose(1, 2)
+        if form == "eager":
+            scores = torch.matmul(query, keys.mT) * w.head_dim**-0.5
+            out = torch.matmul(scores.softmax(-1), values)
+        else:
+            with _one_of_sdpa(form, new):
+                out = F.scaled_dot_product_attention(query, keys, values)
+        return out.transpose(1, 2).flatten(2)
+
+    return attention
 
 
 def published_attention(w: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -187,17 +216,24 @@ def bare_gemm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _sdpa(form: str, w: Workload) -> Callable[..., Tensor]:
     """SDPA on one tensor as query, key and value: autograd adds the three gradients."""
-    named = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
     if form == "sdpa":
         return sdpa_attention
 
     def attention(t: Tensor, heads: int, causal: bool = False) -> Tensor:
-        if not t.is_cuda:
-            raise Unavailable(f"{form} runs on CUDA devices")
-        with sdpa_kernel(named[form]):
+        with _one_of_sdpa(form, t):
             return sdpa_attention(t, heads, causal)
 
     return attention
+
+
+def _one_of_sdpa(form: str, t: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Where SDPA takes the backend that ``form`` names; any for "sdpa"."""
+    named = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
+    if form == "sdpa":
+        return contextlib.nullcontext()
+    if not t.is_cuda:
+        raise Unavailable(f"{form} runs on CUDA devices")
+    return sdpa_kernel(named[form])
 
 
 def sdpa_attention(w: Tensor, heads: int, causal: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ tokens*(tokens+1)/2). A product of an m x k and a k x n matrix is 2 m k n operat
                      backward  2 GEMMs + G and W(M + M^T), each min(T, D)*D*D; x, y, dy, dx, W, dW
     overcomplete     forward   4 GEMMs of T*D*4D; x, y, D, D1
                      backward  8 GEMMs; x, dy, dx, D, D1, their gradients
+    decode           2 products of pairs*head_dim, pairs = batch*heads*tokens; the cache, w twice, o
     model            depth * (mssa + ista or overcomplete) + stem + head; images, parameters,
                      logits; a training step: AdamW reads 4 and writes 3 float32 tensors a
                      parameter
@@ -91,6 +92,12 @@ def _overcomplete(w: Workload) -> tuple[Cost, Cost]:
     return Cost(4 * gemm, x + y + weights), Cost(8 * gemm, 2 * x + y + 2 * weights)
 
 
+def _decode(w: Workload) -> tuple[Cost, Cost]:
+    pairs, row = w.batch * w.heads * w.tokens, w.batch * w.heads * w.head_dim
+    moved = (w.tokens - 1 + 3) * row * w.torch_dtype.itemsize  # w is read and written to the cache
+    return Cost(2 * 2 * pairs * w.head_dim, moved, pairs), Cost(0, 0)
+
+
 def _model(w: Workload) -> tuple[Cost, Cost]:
     shape = MODELS[w.model]
     dictionary = _overcomplete if shape.overcomplete else _ista
@@ -117,6 +124,7 @@ _PARTS = {
     "mssa": _mssa,
     "ista": _ista,
     "overcomplete": _overcomplete,
+    "decode": _decode,
     "model": _model,
 }
 

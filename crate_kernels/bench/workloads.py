@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-SUITES = ("core", "mssa", "ista", "model", "alpha")
+SUITES = ("core", "mssa", "ista", "decode", "model", "alpha")
 MODES = ("forward", "backward", "forward+backward", "train")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,8 +41,9 @@ class Workload:
     """One row group of the tables: an op or model, a shape, a dtype and what is timed.
 
     suite    core: tied_attention on w (batch, tokens, heads*head_dim); mssa, ista and overcomplete:
-             the layers without norm and residual on x (batch, tokens, width); model: a whole
-             CRATE or CRATE-alpha.
+             the layers without norm and residual on x (batch, tokens, width); decode: one new
+             token of each item, the last of ``tokens``, with a cache; model: a whole CRATE or
+             CRATE-alpha.
     mode     forward (no gradient wanted), backward (alone: every gradient from that of the
              output), forward+backward, train (model: forward, backward, fused AdamW).
     dtype    of every tensor; with autocast, tensors are float32 and dtype is autocast's. Models
@@ -83,6 +84,7 @@ class Workload:
             "mssa": (self.batch, self.tokens, self.width, self.heads, self.head_dim),
             "ista": (self.batch, self.tokens, self.width),
             "overcomplete": (self.batch, self.tokens, self.width, RATIO * self.width),
+            "decode": (self.batch, self.tokens, self.heads, self.head_dim),
         }[self.suite]
         return "x".join(str(size) for size in sizes)
 
@@ -143,6 +145,13 @@ H200: Set = {
         Workload("ista", "forward", 128, target=2.2, most=1.15),
         Workload("ista", "forward+backward", 128, target=2.3, most=1.2),
     ),
+    "decode": (
+        Workload("decode", "forward", 64, 4096, target=1.8),
+        Workload("decode", "forward", 64, 1024),
+        Workload("decode", "forward", 1, 4096),
+        Workload("decode", "forward", 8, 16384),
+        Workload("decode", "forward", 64, 4096, heads=6, head_dim=128),
+    ),
     "model": (
         model("crate_base", "train", target=2.0),
         model("crate_base", "forward", target=1.8),
@@ -163,6 +172,7 @@ CPU: Set = {
         Workload("ista", mode, 8, width=384, dtype="fp32")
         for mode in ("forward", "forward+backward")
     ),
+    "decode": (Workload("decode", "forward", 4, 1024, 6, dtype="fp32"),),
     "model": tuple(
         model("crate_tiny", mode, 8, dtype="fp32", versus="eager", target=1.5)
         for mode in ("forward", "train")
@@ -174,6 +184,7 @@ QUICK_CUDA: Set = {
     "core": H200["core"][:4],
     "mssa": H200["mssa"][1:],
     "ista": H200["ista"],
+    "decode": H200["decode"][:1],
     "model": (model("crate_tiny", "train", 64),),
     "alpha": alpha("crate_alpha_base", 128, {})[1:],
 }
@@ -181,6 +192,7 @@ QUICK_CPU: Set = {
     "core": core(2, 50, 3, 0, 0, dtype="fp32"),
     "mssa": (Workload("mssa", "forward+backward", 2, 50, 3, width=192, dtype="fp32"),),
     "ista": (Workload("ista", "forward+backward", 2, width=192, dtype="fp32"),),
+    "decode": (Workload("decode", "forward", 2, 100, 3, dtype="fp32"),),
     "model": (model("crate_tiny", "forward", 2, dtype="fp32", versus="eager"),),
     "alpha": alpha("crate_alpha_tiny", 2, {}, dtype="fp32")[1:],
 }

@@ -13,14 +13,25 @@ from .alpha import (
 )
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
-from .gpt import CRATEGPT, crate_gpt
-from .mae import MAEEncoderBlock
+from .gpt import CRATEGPT, KVCache, crate_gpt
+from .mae import (
+    MAEDecoderBlock,
+    MAEEncoderBlock,
+    MaskedAutoencoder,
+    crate_mae_base,
+    crate_mae_large,
+    crate_mae_small,
+    crate_mae_tiny,
+)
 
 __all__ = [
     "CRATE",
     "CRATEGPT",
     "CRATEAlpha",
+    "KVCache",
+    "MAEDecoderBlock",
     "MAEEncoderBlock",
+    "MaskedAutoencoder",
     "PreNorm",
     "Transformer",
     "crate_alpha_base",
@@ -31,6 +42,10 @@ __all__ = [
     "crate_base",
     "crate_gpt",
     "crate_large",
+    "crate_mae_base",
+    "crate_mae_large",
+    "crate_mae_small",
+    "crate_mae_tiny",
     "crate_small",
     "crate_tiny",
     "load_checkpoint",

@@ -1,0 +1,257 @@
+"""Decoding in Triton: the cached tokens of an item are split among programs, each read once.
+
+    decode_one_kernel   T = 1    multiplies and adds, nothing exchanged between warps in the loop
+    decode_rows_kernel  T > 1    a tile of new tokens against a tile of the cache on tensor cores
+    combine_kernel      the parts of one token and head, added in a fixed order
+
+A part is (m, total, acc): the largest score in bits, sum of exp2(score - m), the same sum with the
+rows; it covers cached tokens alone, which no program writes. The last part has the new tokens too,
+from w, and its programs write them: no program reads what another writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+
+from ..library import on_device_of
+from ..mssa.triton_kernels import LOG2E, _block_d, _load_rows, _rows_in_place, _visit
+from ..triton_common import can_start_early, dot_precision, multiprocessors
+
+# Below every score, and finite: the difference of two of them is 0, not NaN.
+LEAST = tl.constexpr(-1e38)
+# Programs for each multiprocessor that the context is split into: four run at a time, so what the
+# last of twelve waves leaves idle is little.
+PROGRAMS = 48
+# Shorter parts are not worth their start and end: 264 bytes of sums for 32 KB of rows.
+LEAST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Rows of the cache a step visits, new tokens of a program, and Triton's launch options."""
+
+    visit: int
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_config(dtype: torch.dtype, head_dim: int, n_new: int) -> DecodeConfig:
+    block_d = _block_d(head_dim)
+    if n_new == 1:  # the sums of a thread fill 32 registers, its tile 16 (docs/decode.md)
+        elements = 2048 if dtype == torch.float32 else 4096
+        return DecodeConfig(min(128, elements // block_d), 1, 4, 1)
+    rows = 16 if n_new <= 16 else 64
+    if dtype == torch.float32 or head_dim > 128:
+        return DecodeConfig(32, min(rows, 32), 4, 2)
+    return DecodeConfig(64, rows, 4, 3)
+
+
+def splits_for(programs: int, capacity: int, n_processors: int) -> int:
+    """Into how many parts to split the context where there are ``programs`` without."""
+    return max(1, min(PROGRAMS * n_processors // programs, triton.cdiv(capacity, LEAST_ROWS)))
+
+
+@triton.jit
+def _part(LENGTHS, b, split, capacity, SPLITS: tl.constexpr, VISIT: tl.constexpr):
+    """length; the cached rows [first, last) of this part, whole visits but for the last one."""
+    length = tl.load(LENGTHS + b)
+    cached = tl.minimum(tl.maximum(length, 0), capacity)
+    share = tl.cdiv(tl.cdiv(cached, SPLITS), VISIT) * VISIT
+    first = tl.minimum(split * share, cached)
+    return length, first, tl.minimum(first + share, cached)
+
+
+@triton.jit
+def decode_one_kernel(
+    W, CACHE, LENGTHS, OUT, SUMS, STATS, w_stride_b, cache_stride_b, cache_stride_n, capacity,
+    heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VISIT: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One new token: SUMS (B, heads, SPLITS, HEAD_DIM) and STATS (.., 2), or OUT of one part.
+
+    Each of VISIT slots has a softmax of its own, over every VISIT-th row.
+    """
+    h = tl.program_id(0) % heads  # fastest: neighbours read the same rows of the cache
+    split = tl.program_id(0) // heads % SPLITS
+    b = (tl.program_id(0) // heads // SPLITS).to(tl.int64)
+    length, first, last = _part(LENGTHS, b, split, capacity, SPLITS, VISIT)
+    cols = tl.arange(0, BLOCK_D)
+    slots = tl.arange(0, VISIT)
+    w = tl.load(W + b * w_stride_b + h * HEAD_DIM + cols, mask=cols < HEAD_DIM, other=0.0)
+    new = w.to(tl.float32)
+    query = new * (scale * LOG2E)  # scores in bits
+
+    base = CACHE + b * cache_stride_b + h * HEAD_DIM
+    acc = tl.zeros((VISIT, BLOCK_D), tl.float32)
+    m = tl.full((VISIT,), LEAST, tl.float32)
+    total = tl.zeros((VISIT,), tl.float32)
+    here = base + first.to(tl.int64) * cache_stride_n
+    ahead = _load_rows(here, slots, cols, cache_stride_n, last - first, HEAD_DIM)
+    for start in range(first, last, VISIT):
+        rows = ahead.to(tl.float32)  # [VISIT, BLOCK_D]
+        here += VISIT * cache_stride_n
+        ahead = _load_rows(here, slots, cols, cache_stride_n, last - start - VISIT, HEAD_DIM)
+        s = tl.sum(rows * query[None, :], 1)
+        s = tl.where(start + slots < last, s, float("-inf"))
+        m_new = tl.maximum(m, s)
+        p = tl.exp2(s - m_new)
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + p
+        acc = acc * shrink[:, None] + p[:, None] * rows
+        m = m_new
+
+    own = tl.sum(new * query, 0)
+    is_last = split == SPLITS - 1
+    own = tl.where(is_last, own, float("-inf"))
+    m_part = tl.maximum(tl.max(m, 0), own)
+    p_own = tl.exp2(own - m_part)
+    shrink = tl.exp2(m - m_part)
+    total_part = tl.sum(total * shrink, 0) + p_own
+    o = tl.sum(acc * shrink[:, None], 0) + tl.where(is_last, p_own * new, 0.0)
+
+    fits = (length >= 0) & (length < capacity)
+    to = base + length.to(tl.int64) * cache_stride_n + cols
+    tl.store(to, w, mask=(cols < HEAD_DIM) & fits & is_last)
+    if SPLITS == 1:
+        o = tl.where(fits, o / total_part, float("nan"))
+        out = OUT + (b * heads + h) * HEAD_DIM + cols
+        tl.store(out, o.to(OUT.dtype.element_ty), mask=cols < HEAD_DIM)
+    else:
+        part = (b * heads + h) * SPLITS + split
+        tl.store(SUMS + part * HEAD_DIM + cols, o, mask=cols < HEAD_DIM)
+        tl.store(STATS + part * 2, m_part)
+        tl.store(STATS + part * 2 + 1, total_part)
+
+
+@triton.jit
+def decode_rows_kernel(
+    W, CACHE, LENGTHS, OUT, SUMS, STATS, w_stride_b, w_stride_n, cache_stride_b, cache_stride_n,
+    capacity, n_new, heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VISIT: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS new tokens: SUMS (B, heads, T, SPLITS, HEAD_DIM), STATS (.., 2), or OUT."""
+    tiles = tl.cdiv(n_new, ROWS)
+    h = tl.program_id(0) % heads
+    j = tl.program_id(0) // heads % tiles
+    split = tl.program_id(0) // heads // tiles % SPLITS
+    b = (tl.program_id(0) // heads // tiles // SPLITS).to(tl.int64)
+    length, first, last = _part(LENGTHS, b, split, capacity, SPLITS, VISIT)
+    cols = tl.arange(0, BLOCK_D)
+    rows_j = j * ROWS + tl.arange(0, ROWS)
+    new = W + b * w_stride_b + h * HEAD_DIM
+    base = CACHE + b * cache_stride_b + h * HEAD_DIM
+    w_j = _load_rows(new, rows_j, cols, w_stride_n, n_new, HEAD_DIM)  # [ROWS, BLOCK_D]
+
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    scale_log2 = scale * LOG2E
+    here = base + first.to(tl.int64) * cache_stride_n
+    whole = first + (last - first) // VISIT * VISIT
+    for _ in range(first, whole, VISIT):
+        acc, m, total = _visit(
+            w_j, acc, m, total, here, 0, rows_j, cols, cache_stride_n, VISIT, scale_log2,
+            HEAD_DIM=HEAD_DIM, VISIT=VISIT, MASKED=False, CAUSAL=False, PRECISION=PRECISION,
+        )  # fmt: skip
+        here += VISIT * cache_stride_n
+    if whole < last:
+        acc, m, total = _visit(
+            w_j, acc, m, total, here, 0, rows_j, cols, cache_stride_n, last - whole, scale_log2,
+            HEAD_DIM=HEAD_DIM, VISIT=VISIT, MASKED=True, CAUSAL=False, PRECISION=PRECISION,
+        )  # fmt: skip
+    is_last = split == SPLITS - 1
+    seen = tl.where(is_last, tl.minimum(n_new, (j + 1) * ROWS), 0)
+    for start in range(0, seen, VISIT):
+        acc, m, total = _visit(
+            w_j, acc, m, total, new, start, rows_j, cols, w_stride_n, n_new, scale_log2,
+            HEAD_DIM=HEAD_DIM, VISIT=VISIT, MASKED=True, CAUSAL=True, PRECISION=PRECISION,
+        )  # fmt: skip
+
+    fits = (length >= 0) & (length < capacity - rows_j)
+    inside = (rows_j[:, None] < n_new) & (cols[None, :] < HEAD_DIM)
+    to = base + (length + rows_j).to(tl.int64)[:, None] * cache_stride_n + cols[None, :]
+    tl.store(to, w_j, mask=inside & fits[:, None] & is_last)
+    if SPLITS == 1:
+        o = tl.where(fits[:, None], acc / total[:, None], float("nan"))
+        out = OUT + ((b * n_new + rows_j[:, None]) * heads + h) * HEAD_DIM + cols[None, :]
+        tl.store(out, o.to(OUT.dtype.element_ty), mask=inside)
+    else:
+        part = ((b * heads + h) * n_new + rows_j) * SPLITS + split
+        tl.store(SUMS + part[:, None] * HEAD_DIM + cols[None, :], acc, mask=inside)
+        tl.store(STATS + part * 2, m, mask=rows_j < n_new)
+        tl.store(STATS + part * 2 + 1, total, mask=rows_j < n_new)
+
+
+@triton.jit
+def combine_kernel(
+    SUMS, STATS, LENGTHS, OUT, capacity, n_new, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """o of one new token and head from its parts; NaN where it does not fit into the cache."""
+    if EARLY:
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)  # over (B, heads, T)
+    b, h, t = row // n_new // heads, row // n_new % heads, row % n_new
+    splits = tl.arange(0, BLOCK_S)
+    cols = tl.arange(0, BLOCK_D)
+    part = row * SPLITS + splits
+    m = tl.load(STATS + part * 2, mask=splits < SPLITS, other=float("-inf"))
+    total = tl.load(STATS + part * 2 + 1, mask=splits < SPLITS, other=0.0)
+    inside = (splits[:, None] < SPLITS) & (cols[None, :] < HEAD_DIM)
+    sums = tl.load(SUMS + part[:, None] * HEAD_DIM + cols[None, :], mask=inside, other=0.0)
+    weight = tl.exp2(m - tl.max(m, 0))
+    o = tl.sum(sums * weight[:, None], 0) / tl.sum(total * weight, 0)
+    length = tl.load(LENGTHS + b)
+    o = tl.where((length >= 0) & (length < capacity - t), o, float("nan"))
+    out = OUT + ((b * n_new + t) * heads + h) * HEAD_DIM + cols
+    tl.store(out, o.to(OUT.dtype.element_ty), mask=cols < HEAD_DIM)
+
+
+def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) -> Tensor:
+    """w (B, T, heads*head_dim) -> o like w, contiguous; writes w into cache (B, capacity, ...)."""
+    batch, n_new, width = w.shape
+    capacity, head_dim = cache.shape[1], width // heads
+    w, lengths = _rows_in_place(w), lengths.contiguous()
+    o = w.new_empty(w.shape)
+    if batch == 0:
+        return o
+    config = decode_config(w.dtype, head_dim, n_new)
+    programs = batch * heads * triton.cdiv(n_new, config.rows)
+    splits = splits_for(programs, capacity, multiprocessors(w))
+    sums = stats = o  # not touched
+    if splits > 1:
+        parts = batch * heads * n_new * splits
+        sums = w.new_empty(parts * head_dim, dtype=torch.float32)
+        stats = w.new_empty(parts * 2, dtype=torch.float32)
+    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "SPLITS": splits}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    with on_device_of(w):
+        if n_new == 1:
+            decode_one_kernel[(programs * splits,)](
+                w, cache, lengths, o, sums, stats, w.stride(0), cache.stride(0), cache.stride(1),
+                capacity, heads, scale, VISIT=config.visit, **sizes, **options,
+            )  # fmt: skip
+        else:
+            decode_rows_kernel[(programs * splits,)](
+                w, cache, lengths, o, sums, stats, w.stride(0), w.stride(1),
+                cache.stride(0), cache.stride(1), capacity, n_new, heads, scale,
+                VISIT=config.visit, ROWS=config.rows, PRECISION=dot_precision(w.dtype),
+                **sizes, **options,
+            )  # fmt: skip
+        if splits > 1:
+            early = can_start_early(w)
+            combine_kernel[(batch * heads * n_new,)](
+                sums, stats, lengths, o, capacity, n_new, heads,
+                BLOCK_S=triton.next_power_of_2(splits), EARLY=early, num_warps=1, **sizes,
+                **({"launch_pdl": True} if early else {}),
+            )  # fmt: skip
+    return o

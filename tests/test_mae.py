@@ -1,0 +1,254 @@
+"""CRATE-MAE: published keys, values and arithmetic; its decoder; that it learns."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_equal_results
+from torch import nn
+
+import crate_kernels
+from crate_kernels import models
+from crate_kernels.models import patches
+
+SIZE = {
+    "image_size": 8, "patch_size": 2, "dim": 12, "depth": 2, "heads": 3,
+    "decoder_depth": 2, "decoder_heads": 2,
+}  # fmt: skip
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return models.MaskedAutoencoder(**{**SIZE, **options}).double()
+
+
+def images(*shape):
+    torch.manual_seed(1)
+    return torch.randn(*(shape or (3, 3, 8, 8)), dtype=torch.float64)
+
+
+def by_hand(state, img, mask, norm_pix_loss, p=2, eta=0.1, lambd=0.5):
+    """The published forward, from the state dict and the mask."""
+
+    def norm(x, key, eps=1e-5):
+        return F.layer_norm(x, (12,), state[f"{key}.weight"], state[f"{key}.bias"], eps)
+
+    def mssa(x, key, heads):
+        w = x @ state[f"{key}.qkv.weight"].T
+        o = [torch.softmax(wh @ wh.mT * wh.shape[-1] ** -0.5, -1) @ wh for wh in w.chunk(heads, -1)]
+        return F.linear(
+            torch.cat(o, -1), *(state[f"{key}.to_out.0.{n}"] for n in ("weight", "bias"))
+        )
+
+    n = img.shape[2] // p
+    parts = torch.stack(
+        [
+            img[:, :, r * p : r * p + p, c * p : c * p + p].movedim(1, -1).flatten(1)
+            for r, c in itertools.product(range(n), repeat=2)
+        ],
+        dim=1,
+    )
+    kernel = state["patch_embed.proj.weight"].movedim(1, -1).flatten(1)
+    x = F.linear(parts, kernel, state["patch_embed.proj.bias"])
+    x = x * (1 - mask[..., None]) + state["mask_token"] * mask[..., None]
+    x = torch.cat((state["cls_token"].expand(len(x), -1, -1), x), 1) + state["decoder_pos_embed"]
+    for i in range(2):
+        at = f"blocks.{i}.layers.0"
+        x = norm(x + mssa(norm(x, f"{at}.0.norm"), f"{at}.0.fn", 3), f"{at}.1.norm")
+        d = state[f"{at}.1.fn.weight"]
+        x = F.relu(x + eta * (x @ d - x @ d.T @ d) - eta * lambd)
+    x = norm(x, "norm", 1e-6)
+    for i in range(2):
+        at = f"decoder_blocks.{i}.layers.0"
+        h = norm(x, f"{at}.0.norm") @ state[f"{at}.0.fn.weight"].T
+        x = h - mssa(norm(h, f"{at}.1.norm"), f"{at}.1.fn", 2)
+    x = norm(x, "decoder_norm", 1e-6)
+    predicted = F.linear(x, *(state[f"decoder_pred.{n}"] for n in ("weight", "bias")))[:, 1:]
+    if norm_pix_loss:
+        parts = (parts - parts.mean(-1, True)) / (parts.var(-1, keepdim=True) + 1e-6) ** 0.5
+    return ((predicted - parts) ** 2).mean(-1)[mask > 0].mean(), predicted
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_prediction_and_gradients_are_those_of_the_plain_forward(norm_pix_loss, fused):
+    model, img = tiny(norm_pix_loss=norm_pix_loss), images()
+    if fused:
+        crate_kernels.fuse(model)
+    loss, predicted, mask = model(img, 0.6)
+    loss.backward()
+    assert mask.sum(1).tolist() == [10] * 3  # int(16 * 0.4) = 6 are kept
+    named = dict(model.named_parameters())
+    got = {n: p.grad for n, p in named.items() if p.grad is not None}
+    leaves = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in named.items()}
+    want_loss, want = by_hand(leaves, img, mask.double(), norm_pix_loss)
+    want_loss.backward()
+    grads = {n: p.grad for n, p in leaves.items() if p.grad is not None}
+    assert named.keys() - got.keys() == {
+        *("pos_embed", "decoder_pos_embed", "decoder_embed.weight", "decoder_embed.bias")
+    }
+    assert_equal_results(
+        {"loss": loss, "predicted": predicted, **got},
+        {"loss": want_loss, "predicted": want, **grads},
+        (norm_pix_loss, fused),
+    )
+
+
+def test_keys_and_shapes():
+    shapes = {k: tuple(v.shape) for k, v in tiny(depth=1, decoder_depth=1).state_dict().items()}
+    norm = {"weight": (12,), "bias": (12,)}
+    attention = {"qkv.weight": (12, 12), "to_out.0.weight": (12, 12), "to_out.0.bias": (12,)}
+    assert shapes == {
+        "cls_token": (1, 1, 12),
+        "pos_embed": (1, 17, 12),
+        "mask_token": (1, 1, 12),
+        "decoder_pos_embed": (1, 17, 12),
+        "patch_embed.proj.weight": (12, 3, 2, 2),
+        "patch_embed.proj.bias": (12,),
+        **{f"blocks.0.layers.0.0.norm.{k}": v for k, v in norm.items()},
+        **{f"blocks.0.layers.0.0.fn.{k}": v for k, v in attention.items()},
+        **{f"blocks.0.layers.0.1.norm.{k}": v for k, v in norm.items()},
+        "blocks.0.layers.0.1.fn.weight": (12, 12),
+        **{f"norm.{k}": v for k, v in norm.items()},
+        "decoder_embed.weight": (12, 12),
+        "decoder_embed.bias": (12,),
+        **{f"decoder_blocks.0.layers.0.0.norm.{k}": v for k, v in norm.items()},
+        "decoder_blocks.0.layers.0.0.fn.weight": (12, 12),
+        **{f"decoder_blocks.0.layers.0.1.norm.{k}": v for k, v in norm.items()},
+        **{f"decoder_blocks.0.layers.0.1.fn.{k}": v for k, v in attention.items()},
+        **{f"decoder_norm.{k}": v for k, v in norm.items()},
+        "decoder_pred.weight": (12, 12),
+        "decoder_pred.bias": (12,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("tiny", 11_555_328), ("small", 25_405_824), ("base", 44_638_464), ("large", 154_274_560)],
+)
+def test_published_sizes(size, parameters):
+    model = getattr(models, f"crate_mae_{size}")(device="meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_initial_values_and_masks_are_of_one_seed():
+    model = tiny()
+    torch.manual_seed(0)
+    nn.Conv2d(3, 12, 2)
+    for _ in range(2):
+        nn.Linear(12, 12, bias=False), nn.Linear(12, 12)
+        encoder = nn.init.kaiming_uniform_(torch.empty(12, 12))
+    nn.Linear(12, 12)
+    for _ in range(2):
+        decoder = nn.init.kaiming_uniform_(torch.empty(12, 12))
+        nn.Linear(12, 12, bias=False), nn.Linear(12, 12)
+    nn.Linear(12, 12)
+    patch = nn.init.xavier_uniform_(torch.empty(12, 12))
+    cls_token = torch.empty(1, 1, 12).normal_(std=0.02)
+    assert torch.equal(model.blocks[1].layers[0][1].fn.weight.float(), encoder)
+    assert torch.equal(model.decoder_blocks[1].layers[0][0].fn.weight.float(), decoder)
+    assert torch.equal(model.patch_embed.proj.weight.float().flatten(1), patch)
+    assert torch.equal(model.cls_token.float(), cls_token)
+    assert not model.decoder_pred.bias.any()
+    generator = torch.Generator().manual_seed(5)
+    first, second = (model(images(), generator=generator)[2] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(model(images(), generator=generator.manual_seed(5))[2], first)
+    torch.manual_seed(5)
+    assert torch.equal(model(images())[2], first)
+
+
+def test_positions():
+    grid, dim = 3, 8
+    positions = patches.sincos_positions(dim, grid)
+    assert positions.shape == (1, 10, 8) and not positions[0, 0].any()
+    for row, column, k in itertools.product(range(grid), range(grid), range(2)):
+        frequency = 1 / 10000 ** (k / 2)
+        at = positions[0, 1 + row * grid + column]
+        want = [
+            f(torch.tensor(c * frequency)) for c in (column, row) for f in (torch.sin, torch.cos)
+        ]
+        torch.testing.assert_close(at[k::2], torch.stack(want))
+    assert patches.interpolate_positions(positions, 3, 3) is positions
+    wider = patches.interpolate_positions(positions, 6, 7)
+    assert wider.shape == (1, 43, 8) and torch.equal(wider[:, 0], positions[:, 0])
+    # Along the rows the column's half stays as it is, but for the tenth of a patch.
+    taller = patches.interpolate_positions(positions, 7, 3)[0, 1:].view(7, 3, 8)
+    assert (taller[:, :, :4] - taller[:1, :, :4]).abs().max() < 1e-5
+
+
+def test_patchify_and_back():
+    model, img = tiny(), images()
+    parts = model.patchify(img)
+    assert parts.shape == (3, 16, 12)
+    assert torch.equal(parts[0, 5].view(2, 2, 3), img[0, :, 2:4, 2:4].movedim(0, -1))
+    assert torch.equal(model.unpatchify(parts), img)
+
+
+def test_what_analyses_look_at():
+    model = tiny()
+    for shape in ((2, 3, 8, 8), (2, 3, 12, 4)):
+        img = images(*shape)
+        n = 1 + shape[2] * shape[3] // 4
+        attention = model.get_selfattention_enc(img, layer=1)
+        assert attention.shape == (2, 3, n, n)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, n, dtype=img.dtype))
+        keys = model.get_last_key_enc(img, layer=0)
+        attn = model.blocks[0].layers[0][0]
+        assert torch.equal(keys, attn.fn.qkv(attn.norm(model.prepare_tokens(img))))
+    with pytest.raises(ValueError, match="layer from 0 to 1, got 2"):
+        model.get_last_key_enc(img, layer=2)
+
+
+def test_fuse_takes_the_encoder_and_the_attention_of_the_decoder():
+    model = tiny()
+    report = crate_kernels.fuse(model)
+    kinds = [layer.kind for layer in report.replaced]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"Encoder": 2, "MSSA": 4, "ISTA": 2}
+    assert {layer.name for layer in report.skipped} == {"decoder_blocks.0", "decoder_blocks.1"}
+    crate_kernels.unfuse(model)
+    assert type(model.blocks[0]) is models.MAEEncoderBlock
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: tiny(image_size=9), "multiple of patch_size 2, got 9"),
+        (lambda: tiny(decoder_heads=5), "decoder_heads to divide dim = 12, got 5"),
+        (lambda: tiny(dim=6), "multiple of 4, got 6"),
+        (lambda: tiny()(images(1, 3, 8, 4)), r"images of 16 patches of 2, got \(1, 3, 8, 4\)"),
+        (lambda: tiny()(images(1, 3, 8, 7)), r"multiples of 2, got \(1, 3, 8, 7\)"),
+        (lambda: tiny()(images(), 0.0), r"mask_ratio in \(0, 1\] that hides a patch, got 0.0"),
+        (lambda: tiny()(images(), 1.5), "got 1.5"),
+    ],
+)
+def test_bad_input(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+def test_learns_to_complete_digits():
+    data = pytest.importorskip("sklearn.datasets").load_digits().images / 16
+    digits = torch.tensor(data, dtype=torch.float32)[:, None]
+    torch.manual_seed(0)
+    model = models.MaskedAutoencoder(
+        image_size=8, patch_size=2, channels=1, dim=32, depth=2, heads=2, decoder_depth=2,
+        decoder_heads=2,
+    )  # fmt: skip
+    assert crate_kernels.fuse(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(80):
+        loss, _, _ = model(digits[torch.randint(len(digits), (64,))])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # Predicting each patch's mean over all digits leaves its variance; the model does better.
+    parts = patches.patchify(digits, 2)
+    variance = parts.var(0).mean().item()
+    assert sum(losses[-10:]) / 10 < 0.8 * variance < losses[0]
