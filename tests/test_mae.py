@@ -158,8 +158,10 @@ def test_initial_values_and_masks_are_of_one_seed():
     first, second = (model(images(), generator=generator)[2] for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(model(images(), generator=generator.manual_seed(5))[2], first)
+    assert torch.equal(model(images(), mask=second)[2], second)
+    img = images()
     torch.manual_seed(5)
-    assert torch.equal(model(images())[2], first)
+    assert torch.equal(model(img)[2], first)
 
 
 def test_positions():
@@ -224,6 +226,7 @@ def test_fuse_takes_the_encoder_and_the_attention_of_the_decoder():
         (lambda: tiny()(images(1, 3, 8, 7)), r"multiples of 2, got \(1, 3, 8, 7\)"),
         (lambda: tiny()(images(), 0.0), r"mask_ratio in \(0, 1\] that hides a patch, got 0.0"),
         (lambda: tiny()(images(), 1.5), "got 1.5"),
+        (lambda: tiny()(images(), mask=torch.ones(3, 15)), r"mask of shape \(3, 16\), got"),
     ],
 )
 def test_bad_input(build, words):
@@ -236,19 +239,17 @@ def test_learns_to_complete_digits():
     digits = torch.tensor(data, dtype=torch.float32)[:, None]
     torch.manual_seed(0)
     model = models.MaskedAutoencoder(
-        image_size=8, patch_size=2, channels=1, dim=32, depth=2, heads=2, decoder_depth=2,
+        image_size=8, patch_size=2, channels=1, dim=32, depth=1, heads=2, decoder_depth=1,
         decoder_heads=2,
     )  # fmt: skip
     assert crate_kernels.fuse(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     losses = []
-    for _ in range(80):
+    for _ in range(220):
         loss, _, _ = model(digits[torch.randint(len(digits), (64,))])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    # Predicting each patch's mean over all digits leaves its variance; the model does better.
-    parts = patches.patchify(digits, 2)
-    variance = parts.var(0).mean().item()
-    assert sum(losses[-10:]) / 10 < 0.8 * variance < losses[0]
+    # The best single grey leaves the variance of all pixels; the model does better.
+    assert sum(losses[-10:]) / 10 < 0.7 * digits.var().item() < losses[0]

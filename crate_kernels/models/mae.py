@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import refuse
-from ..nn.layers import Attention
+from ..nn.encoder import Encoder
+from ..nn.layers import Attention, is_called_plainly
 from .crate import PreNorm, block
 from .patches import PatchEmbed, interpolate_positions, patchify, sincos_positions, unpatchify
 
@@ -129,7 +130,7 @@ class MaskedAutoencoder(nn.Module):
     ``decoder_pos_embed`` (fixed), ``blocks.{i}.layers.0.*``, ``norm.*``,
     ``decoder_blocks.{i}.layers.0.*``, ``decoder_norm.*``, ``decoder_pred.*``; and ``pos_embed`` and
     ``decoder_embed.*``, which the published model carries and does not use. One seed gives the
-    published initial values, and the published masks.
+    published initial values (the fixed positions to rounding), and the published masks.
     """
 
     def __init__(
@@ -196,25 +197,36 @@ class MaskedAutoencoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(
-        self, img: Tensor, mask_ratio: float = 0.75, generator: torch.Generator | None = None
+        self,
+        img: Tensor,
+        mask_ratio: float = 0.75,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, C, H, W) -> loss, predicted patches (B, n, p*p*C), mask (B, n), 1 = hidden.
 
-        ``generator`` draws the masks, on the device of img.
+        ``generator`` draws the masks, on the device of img; a given ``mask`` is taken as it is.
         """
-        latent, mask = self.forward_encoder(img, mask_ratio, generator)
+        latent, mask = self.forward_encoder(img, mask_ratio, generator, mask)
         predicted = self.forward_decoder(latent)
         return self.forward_loss(img, predicted, mask), predicted, mask
 
     def forward_encoder(
-        self, img: Tensor, mask_ratio: float, generator: torch.Generator | None = None
+        self,
+        img: Tensor,
+        mask_ratio: float,
+        generator: torch.Generator | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Images -> codes (B, 1 + n, dim), the class token first, and the mask (B, n)."""
         x = self.patch_embed(img)
         if x.shape[1] != self.patch_embed.num_patches:
             wanted = f"images of {self.patch_embed.num_patches} patches of {self.patch_size}"
             refuse("MaskedAutoencoder", wanted, tuple(img.shape))
-        mask = self._mask(x, mask_ratio, generator)
+        if mask is None:
+            mask = self._mask(x, mask_ratio, generator)
+        elif mask.shape != x.shape[:2]:
+            refuse("MaskedAutoencoder", f"mask of shape {tuple(x.shape[:2])}", tuple(mask.shape))
         x = torch.where(mask[..., None] > 0, self.mask_token.to(x.dtype), x)
         return self._encode(x, self.decoder_pos_embed), mask
 
@@ -230,8 +242,11 @@ class MaskedAutoencoder(nn.Module):
 
     def _encode(self, x: Tensor, positions: Tensor) -> Tensor:
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + positions
+        layer: Any
         for layer in self.blocks:
-            x = layer(x)
+            # The next norm takes tokens in the dtype that a fused layer has them in.
+            narrow = type(layer) is Encoder and x.is_cuda and is_called_plainly(layer)
+            x = layer.narrow(x) if narrow else layer(x)
         return self.norm(x)
 
     def forward_decoder(self, x: Tensor) -> Tensor:
