@@ -75,7 +75,9 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         layer("ista", "forward+backward", "fp64"),
         layer("overcomplete", "forward+backward", "fp64"),
         layer("decode", "forward", "fp64"),
+        *(layer("encoder", mode, "fp64") for mode in ("forward", "forward+backward")),
         *(workloads.model("crate_tiny", mode, 17, dtype="fp32") for mode in ("forward", "train")),
+        workloads.model("crate_base_patch8", "forward", 2, dtype="fp32"),
     ],
     ids=lambda w: f"{w.suite} {w.label}",
 )
@@ -97,7 +99,8 @@ def test_every_peer_computes_the_reference(
             except peers.Unavailable:
                 without_attention = w.suite in ("ista", "overcomplete")
                 unfit = "sdpa" in name and (without_attention or name != "sdpa")
-                of_models = name.removesuffix("+compile") in (peers.LOW, peers.NARROW)
+                whole = (peers.LOW, peers.PREPARED, peers.NARROW)
+                of_models = name.removesuffix("+compile") in whole
                 assert unfit or of_models or name == peers.YARDSTICK
             else:
                 assert_equal_results(got, want, name)
@@ -205,6 +208,28 @@ def test_what_is_wrong_fails_and_gets_no_figure(
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_scaling_has_a_picture_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "ENCODER_DEPTH", 1)
+    lines = []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    plot = axes.plot
+
+    def note(self: object, x: object, *rest: object, **options: object) -> object:
+        lines.append((options["label"], x))
+        return plot(self, x, *rest, **options)
+
+    monkeypatch.setattr(axes, "plot", note)
+    assert run_bench("--suite", "scaling", "--out", str(tmp_path)) == 0
+    rows = read_csv(tmp_path / "scaling-cpu.csv")
+    assert {(r["tokens"], r["width"], r["heads"]) for r in rows} == {
+        ("20", "64", "1"),
+        ("50", "64", "1"),
+    }
+    # Over the tokens; the width does not vary, and memory is not measured on a CPU.
+    assert lines == [(name, (20, 50)) for name in ("eager", "sdpa", "crate_kernels")]
+    assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("draws", "status"), [(3, OK), (4, FAILED)])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ista.reference import ista_reference, ista_reference_backward
+from ..models.crate import Transformer
 from ..mssa.reference import (
     mssa_reference,
     mssa_reference_backward,
@@ -28,7 +29,7 @@ from .decode_case import DecodeCase
 from .peers import LAMBD, STEP_SIZE, Candidate, build_unfused
 from .roofline import cost
 from .timing import Step, input_sets
-from .workloads import CLASSES, RATIO, Workload
+from .workloads import CLASSES, ENCODER_DEPTH, RATIO, Workload
 
 MAX_SCORES = 1 << 27  # score elements of one step of the float64 reference (1 GiB)
 LEAVES = {
@@ -277,7 +278,11 @@ class ModelCase:
     def _loss(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         with autocast(self.w, self.device):
             logits = model(self.images)
-            return F.cross_entropy(logits, self.labels), logits
+            return self._objective(logits, self.labels), logits
+
+    def _objective(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What a part of the batch adds to the loss."""
+        return F.cross_entropy(outputs, labels, reduction="sum") / self.w.batch
 
     def _inference(self, model: nn.Module) -> Tensor:
         with torch.no_grad(), autocast(self.w, self.device):
@@ -314,12 +319,42 @@ class ModelCase:
             for images, labels in zip(self.images.split(16), self.labels.split(16), strict=True):
                 logits.append(model(images.double()))
                 if with_gradients:
-                    loss = F.cross_entropy(logits[-1], labels, reduction="sum") / self.w.batch
-                    loss.backward()
+                    self._objective(logits[-1], labels).backward()
         result = {"output": torch.cat([part.detach() for part in logits])}
         if with_gradients:
             result["gradients"] = self._flatten(model)
         return result
+
+
+@dataclass
+class EncoderCase(ModelCase):
+    """A few layers on random tokens; no gradient of these, and no optimizer."""
+
+    @staticmethod
+    def make(w: Workload, device: torch.device, generator: torch.Generator) -> EncoderCase:
+        base = Transformer(w.width, ENCODER_DEPTH, w.heads, w.head_dim).to(device)
+        base = base.train(w.mode != "forward")
+        case = EncoderCase(w, device, base, torch.empty(0), torch.empty(0), generator)
+        case.draw()
+        return case
+
+    def draw(self) -> None:
+        """Fresh tokens, in place of the images."""
+        shape = (self.w.batch, self.w.tokens, self.w.width)
+        self.images = torch.randn(shape, device=self.device, generator=self.generator)
+        self.labels = torch.empty(self.w.batch, device=self.device)
+        self.scales.clear()
+
+    def _objective(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Half the mean square of a token."""
+        return outputs.square().sum() / (2 * self.w.batch * self.w.tokens)
+
+    def _training_step(self, model: nn.Module) -> Step:
+        def both_passes() -> None:
+            model.zero_grad(set_to_none=True)
+            self._loss(model)[0].backward()
+
+        return both_passes
 
 
 Case = LayerCase | DecodeCase | ModelCase
@@ -329,6 +364,8 @@ def make_case(w: Workload, device: torch.device, seed: int) -> Case:
     generator = torch.Generator(device).manual_seed(seed)
     if w.suite == "model":
         return ModelCase.make(w, device, generator)
+    if w.suite == "encoder":
+        return EncoderCase.make(w, device, generator)
     if w.suite == "decode":
         return DecodeCase.make(w, device, generator)
     return LayerCase.make(w, device, generator)

@@ -23,8 +23,8 @@ LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, backend_names = parser.add_argument, ("auto", *backends.BACKENDS)
     add("--suite", nargs="+", default=["all"], choices=("all", *SUITES, "cpu"),
-        help="all: these but cpu; decode: a step of generation; alpha: CRATE-alpha, its ISTA and "
-        "a model; cpu: model on the CPU")
+        help="all: these but cpu; decode: a step of generation; latency: a batch of one; scaling: "
+        "over tokens and width; alpha: CRATE-alpha, its ISTA and a model; cpu: model on the CPU")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--mode", nargs="+", choices=MODES,
         help="layers: forward, backward, forward+backward; decode: forward; "
@@ -121,6 +121,7 @@ def _changed_part(
     axes: dict[str, list[Any]] = {}
     if args.mode:
         allowed = MODEL_MODES if is_model else LAYER_MODES[: 1 if suite == "decode" else None]
+        allowed = LAYER_MODES[::2] if suite == "encoder" else allowed
         axes["mode"] = [mode for mode in args.mode if mode in allowed]
     if is_model:
         axes |= {"model": args.model} if args.model else {}
@@ -142,8 +143,8 @@ def _changed_part(
 def _refuse_what_has_no_effect(args: argparse.Namespace, suites: set[str]) -> None:
     """Options that none of the suites to be run knows."""
     layers = {*ATTENTION, "ista", "overcomplete"}
-    takers = dict.fromkeys(("width", "autocast"), layers)
-    takers |= dict.fromkeys(("tokens", "heads", "head_dim"), layers | {"decode"})
+    takers = dict.fromkeys(("width", "autocast"), layers | {"encoder"})
+    takers |= dict.fromkeys(("tokens", "heads", "head_dim"), layers | {"decode", "encoder"})
     takers |= {"causal": ATTENTION, "model": {"model"}}
     for name, known in takers.items():
         if getattr(args, name) and not known & suites:

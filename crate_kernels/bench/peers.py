@@ -10,6 +10,7 @@ crate_kernels-low  a model after fuse(model, memory="low")
 eager-narrow   no peer but the measure of a model's errors: the published form with its tokens in
                autocast's dtype between the steps too, where ours has them (of CRATE-alpha: eager,
                for there ours adds to tokens in float32)
+crate_kernels-prepared  the same after prepare_for_inference(model) too
 NAME+compile   NAME under torch.compile
 cublas         no peer but a yardstick for ISTA, not checked: bare GEMMs over the tokens, as many as
                ISTA cannot do without (1 forward, 2 backward; overcomplete 4 and 8)
@@ -32,10 +33,11 @@ from ..models.crate import PreNorm, Transformer
 from .workloads import MODELS, Workload
 
 OURS, YARDSTICK = "crate_kernels", "cublas"
-LOW, NARROW = f"{OURS}-low", "eager-narrow"
+LOW, PREPARED, NARROW = f"{OURS}-low", f"{OURS}-prepared", "eager-narrow"
 STEP_SIZE, LAMBD = 0.1, 0.1
 
-# The default candidates of each suite, on CUDA and on the CPU; alpha: of models of CRATE-alpha.
+# The default candidates of each suite, on CUDA and on the CPU; alpha: of models of CRATE-alpha,
+# latency: of those that are captured.
 CANDIDATES = {
     "cuda": {
         "core": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
@@ -43,6 +45,8 @@ CANDIDATES = {
         "ista": ("eager", "compile", YARDSTICK, OURS),
         "decode": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
         "model": ("eager", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
+        "latency": ("sdpa+compile", OURS, PREPARED),
+        "encoder": ("sdpa+compile", OURS, LOW),
         "overcomplete": ("eager", "compile", YARDSTICK, OURS),
         "alpha": ("eager", "compile", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
     },
@@ -52,16 +56,19 @@ CANDIDATES = {
         "ista": ("eager", OURS),
         "decode": ("eager", "sdpa", OURS),
         "model": ("eager", "sdpa", OURS),
+        "encoder": ("eager", "sdpa", OURS),
         "overcomplete": ("eager", OURS),
         "alpha": ("eager", "sdpa", OURS),
     },
 }
-NAMES = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, LOW, YARDSTICK)
+NAMES = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, LOW, PREPARED, YARDSTICK)
 
 
 def default_names(w: Workload, device_type: str) -> tuple[str, ...]:
-    alpha = w.suite == "model" and MODELS[w.model].overcomplete
-    return CANDIDATES[device_type]["alpha" if alpha else w.suite]
+    kind = "latency" if w.captured else w.suite
+    if w.suite == "model" and MODELS[w.model].overcomplete:
+        kind = "alpha"
+    return CANDIDATES[device_type][kind]
 
 
 class Unavailable(Exception):
@@ -97,7 +104,7 @@ def candidate(name: str, backend: str = "auto", compile_backend: str = "inductor
     def build_model(w: Workload, model: nn.Module) -> nn.Module:
         return finish(_model(form, w, model))
 
-    return Candidate(name, build_layer, build_model, ours=form in (OURS, LOW))
+    return Candidate(name, build_layer, build_model, ours=form in (OURS, LOW, PREPARED))
 
 
 def all_names() -> tuple[str, ...]:
@@ -108,7 +115,7 @@ def all_names() -> tuple[str, ...]:
 
 
 def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
-    if form in (LOW, NARROW):
+    if form in (LOW, PREPARED, NARROW):
         raise Unavailable(f"{form} is a form of whole models")
     if w.suite in ("ista", "overcomplete"):
         return _ista(form, w, backend)
@@ -246,12 +253,16 @@ def sdpa_attention(w: Tensor, heads: int, causal: bool = False) -> Tensor:
 
 
 def _model(form: str, w: Workload, model: nn.Module) -> nn.Module:
-    if form in (OURS, LOW):
-        from ..nn import fuse
+    if form in (OURS, LOW, PREPARED):
+        from ..nn import fuse, prepare_for_inference
 
         report = fuse(model, memory="low" if form == LOW else "default")
         if not report.replaced:
             raise RuntimeError(f"fuse replaced nothing: {report}")
+        if form == PREPARED and w.mode != "forward":
+            raise Unavailable(f"{form} is for inference")
+        if form == PREPARED:
+            prepare_for_inference(model)
     elif form == YARDSTICK:
         raise Unavailable("a yardstick for ISTA alone")
     elif form == NARROW:
@@ -295,4 +306,5 @@ def build_unfused(w: Workload, device: torch.device) -> nn.Module:
     """The published model, on ``device``, in float32, freshly initialised."""
     from .. import models
 
-    return getattr(models, w.model)().to(device)
+    name = w.model.removesuffix("_patch8")
+    return getattr(models, name)(patch_size=MODELS[w.model].patch).to(device)

@@ -134,7 +134,7 @@ def write(
     contents = {
         "csv": to_csv(results, machine).encode(),
         "md": to_markdown(name, results, machine, ceilings).encode(),
-        "png": to_png(name, results, machine),
+        "png": (scaling_png if name.startswith("scaling") else to_png)(name, results, machine),
     }
     paths = []
     for suffix, data in contents.items():
@@ -167,9 +167,9 @@ def row(r: Result, machine: Machine) -> dict[str, Any]:
         "model": w.model,
         "batch": w.batch,
         "tokens": w.tokens,
-        "width": w.width if w.suite in ("mssa", "ista", "overcomplete") else "",
-        "heads": w.heads if w.suite in ("core", "mssa", "decode") else "",
-        "head_dim": w.head_dim if w.suite in ("core", "mssa", "decode") else "",
+        "width": w.width if w.suite in ("mssa", "ista", "overcomplete", "encoder") else "",
+        "heads": w.heads if w.suite in ("core", "mssa", "decode", "encoder") else "",
+        "head_dim": w.head_dim if w.suite in ("core", "mssa", "decode", "encoder") else "",
         "causal": int(w.causal),
         "dtype": w.dtype,
         "autocast": int(w.autocast or (w.suite == "model" and w.dtype != "fp32")),
@@ -296,6 +296,45 @@ def to_png(name: str, results: Sequence[Result], machine: Machine) -> bytes:
     axes.invert_yaxis()
     axes.set_xlabel("speedup over the peer named (black tick: target)")
     axes.set_title(f"{name}: {machine.device}, {machine.date}, commit {machine.commit}", size=9)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def scaling_png(name: str, results: Sequence[Result], machine: Machine) -> bytes:
+    """Time and peak memory of each candidate, over the tokens of an item and over the width."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    grid = figure.subplots(2, 2, squeeze=False)
+    usual = results[0].workload.width, results[-1].workload.tokens
+    for column, (size, other) in enumerate((("tokens", "width"), ("width", "tokens"))):
+        shown = [r for r in results if getattr(r.workload, other) == usual[column]]
+        for row, (label, figure_of) in enumerate(
+            (("ms", lambda r: r.median_us and r.median_us / 1e3), ("GiB", lambda r: r.peak_gib))
+        ):
+            axes = grid[row][column]
+            sizes = sorted({getattr(r.workload, size) for r in shown if figure_of(r)})
+            if len(sizes) < 2:
+                axes.set_axis_off()
+                continue
+            for candidate in dict.fromkeys(r.candidate for r in shown):
+                points = sorted(
+                    (getattr(r.workload, size), figure_of(r))
+                    for r in shown
+                    if r.candidate == candidate and figure_of(r)
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker=".", label=candidate)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [str(s) for s in sizes])
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel(size)
+            axes.set_ylabel(label)
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{name}: {machine.device}, {machine.date}, commit {machine.commit}", size=9)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -14,6 +14,7 @@ tokens*(tokens+1)/2). A product of an m x k and a k x n matrix is 2 m k n operat
     overcomplete     forward   4 GEMMs of T*D*4D; x, y, D, D1
                      backward  8 GEMMs; x, dy, dx, D, D1, their gradients
     decode           2 products of pairs*head_dim, pairs = batch*heads*tokens; the cache, w twice, o
+    encoder          a few layers of mssa + ista; x, y, weights, their gradients
     model            depth * (mssa + ista or overcomplete) + stem + head; images, parameters,
                      logits; a training step: AdamW reads 4 and writes 3 float32 tensors a
                      parameter
@@ -29,7 +30,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .workloads import CLASSES, MODELS, PATCH_WIDTH, RATIO, TOKENS, Workload
+from .workloads import CLASSES, ENCODER_DEPTH, MODELS, RATIO, Workload
 
 
 @dataclass(frozen=True)
@@ -101,18 +102,25 @@ def _decode(w: Workload) -> tuple[Cost, Cost]:
 def _model(w: Workload) -> tuple[Cost, Cost]:
     shape = MODELS[w.model]
     dictionary = _overcomplete if shape.overcomplete else _ista
-    layer = replace(
-        w, width=shape.width, heads=shape.heads, head_dim=shape.width // shape.heads, tokens=TOKENS
-    )
-    rows = w.batch * (TOKENS - 1)
-    stem_and_head = 2 * (rows * PATCH_WIDTH + w.batch * CLASSES) * shape.width
-    parameters, images = 4.0 * shape.parameters, 4 * rows * PATCH_WIDTH
+    head_dim = shape.width // shape.heads
+    layer = replace(w, width=shape.width, heads=shape.heads, head_dim=head_dim, tokens=shape.tokens)
+    rows, patch_width = w.batch * (shape.tokens - 1), 3 * shape.patch**2
+    stem_and_head = 2 * (rows * patch_width + w.batch * CLASSES) * shape.width
+    parameters, images = 4.0 * shape.parameters, 4 * rows * patch_width
     parts = []
     for i, (gemms, traffic) in enumerate(((1, 1), (2, 7))):
         layers = (_mssa(layer)[i] + dictionary(layer)[i]).times(shape.depth)
         ends = Cost(gemms * stem_and_head, traffic * parameters + images)
         parts.append(replace_bytes(layers, 0) + ends)
     return parts[0], parts[1]
+
+
+def _encoder(w: Workload) -> tuple[Cost, Cost]:
+    """x, y, the weights and their gradients, once."""
+    weights = 4.0 * ENCODER_DEPTH * w.width * (2 * w.heads * w.head_dim + w.width)
+    x = w.batch * w.tokens * w.width * w.storage_dtype.itemsize
+    parts = [(_mssa(w)[i] + _ista(w)[i]).times(ENCODER_DEPTH) for i in range(2)]
+    return replace_bytes(parts[0], 2 * x + weights), replace_bytes(parts[1], 3 * x + 2 * weights)
 
 
 def replace_bytes(part: Cost, count: float) -> Cost:
@@ -126,6 +134,7 @@ _PARTS = {
     "overcomplete": _overcomplete,
     "decode": _decode,
     "model": _model,
+    "encoder": _encoder,
 }
 
 

@@ -163,8 +163,9 @@ def _time(
 ) -> None:
     device = settings.device
     layer = case.w.suite != "model"
-    graph = layer if settings.graph is None else settings.graph
+    graph = layer or case.w.captured if settings.graph is None else settings.graph
     inner = 0 if layer or device.type != "cuda" else 1 if graph else STEPS_A_SAMPLE
+    inner = 0 if case.w.captured else inner  # such a step is short
     runs: dict[str, Run] = {}
     for c in candidates:
         settings.progress(f"{c.name}: warm-up")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-SUITES = ("core", "mssa", "ista", "decode", "model", "alpha")
+SUITES = ("core", "mssa", "ista", "decode", "model", "latency", "scaling", "alpha")
 MODES = ("forward", "backward", "forward+backward", "train")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -20,20 +20,27 @@ class ModelShape:
     parameters: int
     batch: int  # of one measured step on a large GPU
     overcomplete: bool = False  # CRATE-alpha
+    patch: int = 16
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image and the class token."""
+        return (PIXELS // self.patch) ** 2 + 1
 
 
-# 224 pixels, patch 16: 196 patches and the class token.
-TOKENS, PATCH_WIDTH, CLASSES = 197, 16 * 16 * 3, 1000
+PIXELS, TOKENS, CLASSES = 224, 197, 1000
 MODELS = {
     "crate_tiny": ModelShape(384, 12, 6, 6_090_000, 512),
     "crate_small": ModelShape(576, 12, 12, 13_120_000, 256),
     "crate_base": ModelShape(768, 12, 12, 22_800_000, 256),
     "crate_large": ModelShape(1024, 24, 16, 77_640_000, 128),
+    "crate_base_patch8": ModelShape(768, 12, 12, 22_800_000, 64, patch=8),
     "crate_alpha_tiny": ModelShape(192, 12, 3, 4_810_000, 512, True),
     "crate_alpha_small": ModelShape(576, 12, 12, 40_980_000, 128, True),
     "crate_alpha_base": ModelShape(768, 12, 12, 72_330_000, 128, True),
 }
 RATIO = 4  # columns of an overcomplete dictionary over its rows
+ENCODER_DEPTH = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Workload:
     suite    core: tied_attention on w (batch, tokens, heads*head_dim); mssa, ista and overcomplete:
              the layers without norm and residual on x (batch, tokens, width); decode: one new
              token of each item, the last of ``tokens``, with a cache; model: a whole CRATE or
-             CRATE-alpha.
+             CRATE-alpha; encoder: ENCODER_DEPTH layers of one on x, in the scaling suite.
     mode     forward (no gradient wanted), backward (alone: every gradient from that of the
              output), forward+backward, train (model: forward, backward, fused AdamW).
     dtype    of every tensor; with autocast, tensors are float32 and dtype is autocast's. Models
@@ -51,6 +58,8 @@ class Workload:
     versus   the peer that the speedup is against; empty: the fastest of those that pass.
     target   the speedup aimed at on an NVIDIA H200 (on any machine if device is "cpu").
     most     the time aimed at there, at most, over that of the bare GEMMs (peers.py).
+    captured a model's step goes into a CUDA graph, which for the peers is what torch.compile's
+             mode="reduce-overhead" does.
     """
 
     suite: str
@@ -67,11 +76,13 @@ class Workload:
     versus: str = ""
     target: float | None = None
     most: float | None = None
+    captured: bool = False
 
     @property
     def label(self) -> str:
         parts = [self.shape, self.dtype]
         parts += ["autocast"] * (self.autocast and self.suite != "model")
+        parts += ["captured"] * self.captured
         parts += ["causal"] * (self.causal and self.suite in ("core", "mssa"))
         return " ".join([*parts, self.mode])
 
@@ -85,6 +96,7 @@ class Workload:
             "ista": (self.batch, self.tokens, self.width),
             "overcomplete": (self.batch, self.tokens, self.width, RATIO * self.width),
             "decode": (self.batch, self.tokens, self.heads, self.head_dim),
+            "encoder": (self.batch, self.tokens, self.width, self.heads, self.head_dim),
         }[self.suite]
         return "x".join(str(size) for size in sizes)
 
@@ -114,6 +126,11 @@ def model(name: str, mode: str, batch: int = 0, **kw: Any) -> Workload:
     return Workload("model", mode, batch or MODELS[name].batch, model=name, **kw)
 
 
+def both(name: str, train: float, forward: float) -> tuple[Workload, ...]:
+    """A training step and an inference of a model, with their targets."""
+    return model(name, "train", target=train), model(name, "forward", target=forward)
+
+
 def alpha(name: str, batch: int, modes: dict[str, float], **kw: Any) -> tuple[Workload, ...]:
     """The overcomplete ISTA of a CRATE-alpha, and the model, with a target for each mode of it."""
     shape = Workload("overcomplete", "forward", batch, width=MODELS[name].width, **kw)
@@ -122,6 +139,12 @@ def alpha(name: str, batch: int, modes: dict[str, float], **kw: Any) -> tuple[Wo
         replace(shape, mode="forward+backward"),
         *(model(name, mode, batch, target=target or None, **kw) for mode, target in modes.items()),
     )
+
+
+def encoder(batch: int, tokens: int, width: int, **kw: Any) -> Workload:
+    """A forward and a backward pass of a few layers, heads of 64."""
+    options: dict[str, Any] = {"heads": width // 64, "autocast": True, **kw}
+    return Workload("encoder", "forward+backward", batch, tokens, width=width, **options)
 
 
 Set = dict[str, tuple[Workload, ...]]
@@ -153,11 +176,20 @@ H200: Set = {
         Workload("decode", "forward", 64, 4096, heads=6, head_dim=128),
     ),
     "model": (
-        model("crate_base", "train", target=2.0),
-        model("crate_base", "forward", target=1.8),
-        model("crate_large", "train", target=2.0),
-        model("crate_small", "train", target=2.0),
-        model("crate_tiny", "train", target=1.8),
+        *both("crate_base", 2.0, 1.8),
+        *both("crate_large", 2.0, 1.8),
+        *both("crate_small", 2.0, 1.8),
+        *both("crate_tiny", 1.8, 1.6),
+        *both("crate_base_patch8", 1.8, 1.6),
+    ),
+    "latency": (
+        model("crate_base", "forward", 1, target=2.0, captured=True),
+        model("crate_large", "forward", 1, captured=True),
+    ),
+    # About 25,000 tokens each, first over their number in an item, then over the width.
+    "scaling": (
+        *(encoder(b, n, 768) for b, n in ((512, 50), (128, 197), (32, 785), (12, 2048), (6, 4096))),
+        *(encoder(128, 197, width) for width in (384, 576, 1024, 1536, 2048)),
     ),
     "alpha": alpha("crate_alpha_base", 128, {"train": 1.4, "forward": 0}),
 }
@@ -177,6 +209,10 @@ CPU: Set = {
         model("crate_tiny", mode, 8, dtype="fp32", versus="eager", target=1.5)
         for mode in ("forward", "train")
     ),
+    "latency": (model("crate_tiny", "forward", 1, dtype="fp32"),),
+    "scaling": tuple(
+        encoder(b, n, 384, dtype="fp32", autocast=False) for b, n in ((32, 50), (8, 197), (2, 785))
+    ),
     "alpha": alpha("crate_alpha_tiny", 8, {"train": 0, "forward": 0}, dtype="fp32"),
 }
 
@@ -186,6 +222,8 @@ QUICK_CUDA: Set = {
     "ista": H200["ista"],
     "decode": H200["decode"][:1],
     "model": (model("crate_tiny", "train", 64),),
+    "latency": H200["latency"][:1],
+    "scaling": H200["scaling"][:2],
     "alpha": alpha("crate_alpha_base", 128, {})[1:],
 }
 QUICK_CPU: Set = {
@@ -194,6 +232,8 @@ QUICK_CPU: Set = {
     "ista": (Workload("ista", "forward+backward", 2, width=192, dtype="fp32"),),
     "decode": (Workload("decode", "forward", 2, 100, 3, dtype="fp32"),),
     "model": (model("crate_tiny", "forward", 2, dtype="fp32", versus="eager"),),
+    "latency": (model("crate_tiny", "forward", 1, dtype="fp32"),),
+    "scaling": tuple(encoder(2, n, 64, dtype="fp32", autocast=False) for n in (20, 50)),
     "alpha": alpha("crate_alpha_tiny", 2, {}, dtype="fp32")[1:],
 }
 

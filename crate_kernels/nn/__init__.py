@@ -2,6 +2,7 @@
 
 from .encoder import Encoder
 from .fusion import Layer, Report, fuse, unfuse
+from .inference import prepare_for_inference
 from .layers import (
     ISTA,
     MSSA,
@@ -24,5 +25,6 @@ __all__ = [
     "PatchEmbedding",
     "Report",
     "fuse",
+    "prepare_for_inference",
     "unfuse",
 ]
