@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from crate_kernels.bench import peers, workloads
-from crate_kernels.bench.cases import ModelCase
+from crate_kernels.bench.model_cases import ModelCase
 
 STEP, FIRST = 8, 32
 GIB = 2.0**30

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crate_kernels import backends, bench, models
 from crate_kernels.__main__ import main
-from crate_kernels.bench import cases, peers, report, roofline, run, timing, workloads
+from crate_kernels.bench import cases, model_cases, peers, report, roofline, run, timing, workloads
 from crate_kernels.bench.check import compare
 from crate_kernels.bench.peers import Candidate, candidate
 from crate_kernels.bench.report import Machine
@@ -57,9 +57,15 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(w: Workload, device: torch.device) -> nn.Module:
         sizes = {"image_size": 224, "patch_size": 56, "dim": 32, "depth": 2, "heads": 2}
+        if w.model == "crate_mae_base":
+            decoder = {"decoder_depth": 1, "decoder_heads": 2}
+            return models.MaskedAutoencoder(**sizes, **decoder).to(device)
+        if w.model == "crate_gpt":
+            small = {"context": 12, "dim": 32, "depth": 2, "heads": 2}
+            return models.crate_gpt(50, **small).to(device)
         return models.CRATE(num_classes=workloads.CLASSES, **sizes).to(device)
 
-    monkeypatch.setattr(cases, "build_unfused", build)
+    monkeypatch.setattr(model_cases, "build_unfused", build)
 
 
 # ---- cases: every peer computes the same
@@ -78,6 +84,8 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         *(layer("encoder", mode, "fp64") for mode in ("forward", "forward+backward")),
         *(workloads.model("crate_tiny", mode, 17, dtype="fp32") for mode in ("forward", "train")),
         workloads.model("crate_base_patch8", "forward", 2, dtype="fp32"),
+        workloads.model("crate_mae_base", "train", 17, dtype="fp32"),
+        workloads.model("crate_gpt", "train", 17, dtype="fp32"),
     ],
     ids=lambda w: f"{w.suite} {w.label}",
 )

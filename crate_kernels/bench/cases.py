@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ista.reference import ista_reference, ista_reference_backward
-from ..models.crate import Transformer
 from ..mssa.reference import (
     mssa_reference,
     mssa_reference_backward,
@@ -26,10 +23,11 @@ from ..overcomplete_ista.reference import (
 )
 from .check import Outputs
 from .decode_case import DecodeCase
-from .peers import LAMBD, STEP_SIZE, Candidate, build_unfused
+from .model_cases import EncoderCase, MaskedCase, ModelCase, TextCase, autocast
+from .peers import LAMBD, STEP_SIZE, Candidate
 from .roofline import cost
 from .timing import Step, input_sets
-from .workloads import CLASSES, ENCODER_DEPTH, RATIO, Workload
+from .workloads import RATIO, Workload
 
 MAX_SCORES = 1 << 27  # score elements of one step of the float64 reference (1 GiB)
 LEAVES = {
@@ -43,13 +41,6 @@ ISTAS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
     "ista": (ista_reference, ista_reference_backward),
     "overcomplete": (overcomplete_ista_reference, overcomplete_ista_reference_backward),
 }
-
-
-def autocast(w: Workload, device: torch.device) -> contextlib.AbstractContextManager:
-    wanted = w.autocast or w.suite == "model"
-    if not wanted or w.torch_dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=w.torch_dtype)
 
 
 def _chunks(w: Workload) -> Iterator[slice]:
@@ -208,162 +199,14 @@ class LayerCase:
         return tuple(g for g in gradients if g is not None)
 
 
-# ---- models
-
-
-@dataclass
-class ModelCase:
-    """The unfused model every candidate starts from, and one batch of random images."""
-
-    w: Workload
-    device: torch.device
-    base: nn.Module
-    images: Tensor
-    labels: Tensor
-    generator: torch.Generator
-    built: dict[str, nn.Module] = field(default_factory=dict)
-    steps: dict[str, Step] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
-    sets: int = 1
-
-    @staticmethod
-    def make(w: Workload, device: torch.device, generator: torch.Generator) -> ModelCase:
-        base = build_unfused(w, device).train(w.mode != "forward")
-        case = ModelCase(w, device, base, torch.empty(0), torch.empty(0), generator)
-        case.draw()
-        return case
-
-    def draw(self) -> None:
-        """Fresh images and labels."""
-        options: Any = {"device": self.device, "generator": self.generator}
-        self.images = torch.randn(self.w.batch, 3, 224, 224, **options)
-        self.labels = torch.randint(CLASSES, (self.w.batch,), **options)
-        self.scales.clear()
-
-    def resident(self, candidate: Candidate) -> int:
-        """Bytes of the parameters and images."""
-        tensors = [self.images, *self.module(candidate).parameters()]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def module(self, candidate: Candidate) -> nn.Module:
-        """The same at every call: it is compiled once."""
-        if candidate.name not in self.built:
-            model = copy.deepcopy(self.base)
-            self.built[candidate.name] = candidate.build_model(self.w, model)
-        return self.built[candidate.name]
-
-    def step(self, candidate: Candidate, i: int) -> Step:
-        """One inference, or one whole training step: forward, backward, fused AdamW."""
-        if candidate.name not in self.steps:
-            model = self.module(candidate)
-            inference = self.w.mode == "forward"
-            self.steps[candidate.name] = (
-                (lambda: self._inference(model)) if inference else self._training_step(model)
-            )
-        return self.steps[candidate.name]
-
-    def _training_step(self, model: nn.Module) -> Step:
-        capturable = self.device.type == "cuda"  # so that the step can go into a CUDA graph
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=1e-5, fused=True, capturable=capturable
-        )
-
-        def train() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            self._loss(model)[0].backward()
-            optimizer.step()
-
-        return train
-
-    def _loss(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        with autocast(self.w, self.device):
-            logits = model(self.images)
-            return self._objective(logits, self.labels), logits
-
-    def _objective(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """What a part of the batch adds to the loss."""
-        return F.cross_entropy(outputs, labels, reduction="sum") / self.w.batch
-
-    def _inference(self, model: nn.Module) -> Tensor:
-        with torch.no_grad(), autocast(self.w, self.device):
-            return model(self.images)
-
-    def outputs(self, candidate: Candidate) -> Outputs:
-        """Logits and, of a training step, all gradients as one vector (see _flatten)."""
-        model = self.module(candidate)
-        if self.w.mode == "forward":
-            return {"output": self._inference(model)}
-        loss, logits = self._loss(model)
-        loss.backward()
-        return {"output": logits.detach(), "gradients": self._flatten(model)}
-
-    def _flatten(self, model: nn.Module) -> Tensor:
-        """Every parameter's gradient over its RMS in float64, so that each weighs the same."""
-        gradients = {
-            name.removeprefix("_orig_mod."): p.grad.double()
-            for name, p in model.named_parameters()
-            if p.grad is not None
-        }
-        model.zero_grad(set_to_none=True)
-        if not self.scales:  # the reference comes first
-            for name, g in gradients.items():
-                self.scales[name] = float(g.square().mean().sqrt()) or 1.0
-        return torch.cat([gradients[name].flatten() / s for name, s in self.scales.items()])
-
-    def reference(self) -> Outputs:
-        """The unfused model in float64, a part of the batch at a time."""
-        model = copy.deepcopy(self.base).double()
-        with_gradients = self.w.mode != "forward"
-        logits = []
-        with torch.set_grad_enabled(with_gradients):
-            for images, labels in zip(self.images.split(16), self.labels.split(16), strict=True):
-                logits.append(model(images.double()))
-                if with_gradients:
-                    self._objective(logits[-1], labels).backward()
-        result = {"output": torch.cat([part.detach() for part in logits])}
-        if with_gradients:
-            result["gradients"] = self._flatten(model)
-        return result
-
-
-@dataclass
-class EncoderCase(ModelCase):
-    """A few layers on random tokens; no gradient of these, and no optimizer."""
-
-    @staticmethod
-    def make(w: Workload, device: torch.device, generator: torch.Generator) -> EncoderCase:
-        base = Transformer(w.width, ENCODER_DEPTH, w.heads, w.head_dim).to(device)
-        base = base.train(w.mode != "forward")
-        case = EncoderCase(w, device, base, torch.empty(0), torch.empty(0), generator)
-        case.draw()
-        return case
-
-    def draw(self) -> None:
-        """Fresh tokens, in place of the images."""
-        shape = (self.w.batch, self.w.tokens, self.w.width)
-        self.images = torch.randn(shape, device=self.device, generator=self.generator)
-        self.labels = torch.empty(self.w.batch, device=self.device)
-        self.scales.clear()
-
-    def _objective(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Half the mean square of a token."""
-        return outputs.square().sum() / (2 * self.w.batch * self.w.tokens)
-
-    def _training_step(self, model: nn.Module) -> Step:
-        def both_passes() -> None:
-            model.zero_grad(set_to_none=True)
-            self._loss(model)[0].backward()
-
-        return both_passes
-
-
 Case = LayerCase | DecodeCase | ModelCase
 
 
 def make_case(w: Workload, device: torch.device, seed: int) -> Case:
     generator = torch.Generator(device).manual_seed(seed)
     if w.suite == "model":
-        return ModelCase.make(w, device, generator)
+        kinds = {"crate_mae_base": MaskedCase, "crate_gpt": TextCase}
+        return kinds.get(w.model, ModelCase).make(w, device, generator)
     if w.suite == "encoder":
         return EncoderCase.make(w, device, generator)
     if w.suite == "decode":

@@ -30,6 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..library import autocast_dtype
 from ..models.crate import PreNorm, Transformer
+from ..models.gpt import CausalBlock
+from ..models.mae import MAEEncoderBlock
 from .workloads import MODELS, Workload
 
 OURS, YARDSTICK = "crate_kernels", "cublas"
@@ -253,6 +255,8 @@ def sdpa_attention(w: Tensor, heads: int, causal: bool = False) -> Tensor:
 
 
 def _model(form: str, w: Workload, model: nn.Module) -> nn.Module:
+    if w.model == "crate_gpt":
+        return _gpt(form, w, model)
     if form in (OURS, LOW, PREPARED):
         from ..nn import fuse, prepare_for_inference
 
@@ -283,11 +287,45 @@ def _keep_narrow(model: nn.Module) -> None:
         return t.to(autocast_dtype(t))
 
     for module in model.modules():
-        if isinstance(module, Transformer):
-            module.register_forward_pre_hook(lambda _, args: (narrow(args[0]),))
-        if isinstance(module, PreNorm):
-            for step in (module, module.norm):
-                step.register_forward_hook(lambda _, args, out: narrow(out))
+        if not isinstance(module, (Transformer, MAEEncoderBlock)):
+            continue
+        module.register_forward_pre_hook(lambda _, args: (narrow(args[0]),))
+        for step in module.modules():
+            if isinstance(step, PreNorm):
+                for part in (step, step.norm):
+                    part.register_forward_hook(lambda _, args, out: narrow(out))
+
+
+def _gpt(form: str, w: Workload, model: nn.Module) -> nn.Module:
+    """CRATE-GPT is built on our ops: its peers are what it was made after."""
+    if form in (LOW, PREPARED, YARDSTICK):
+        raise Unavailable(f"{form} is no form of crate_gpt")
+    if form != OURS:
+        for block in model.modules():
+            if isinstance(block, CausalBlock):
+                block.__class__ = PublishedCausalBlock
+                published: Any = block
+                published.narrow = form == NARROW
+                published.attention = (
+                    published_attention if form in ("eager", NARROW) else _sdpa(form, w)
+                )
+    return model
+
+
+class PublishedCausalBlock(CausalBlock):
+    """A layer of CRATE-GPT as published; ``narrow``: its tokens in autocast's dtype."""
+
+    narrow: bool
+    attention: Callable[..., Tensor]
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        h = self._kept(self.prenorm_1(self._kept(x)))
+        o = self.attention(self.attn.c_attn(h), self.attn.heads, True)
+        u = self._kept(self.prenorm_2(x + self.attn.c_proj(o)))
+        return self._kept(published_ista(u, self.ista.weight))
+
+    def _kept(self, t: Tensor) -> Tensor:
+        return t.to(autocast_dtype(t)) if self.narrow else t
 
 
 class SDPAAttention(nn.Module):
@@ -306,5 +344,7 @@ def build_unfused(w: Workload, device: torch.device) -> nn.Module:
     """The published model, on ``device``, in float32, freshly initialised."""
     from .. import models
 
+    if MODELS[w.model].context:
+        return getattr(models, w.model)().to(device)
     name = w.model.removesuffix("_patch8")
     return getattr(models, name)(patch_size=MODELS[w.model].patch).to(device)

@@ -15,9 +15,9 @@ tokens*(tokens+1)/2). A product of an m x k and a k x n matrix is 2 m k n operat
                      backward  8 GEMMs; x, dy, dx, D, D1, their gradients
     decode           2 products of pairs*head_dim, pairs = batch*heads*tokens; the cache, w twice, o
     encoder          a few layers of mssa + ista; x, y, weights, their gradients
-    model            depth * (mssa + ista or overcomplete) + stem + head; images, parameters,
-                     logits; a training step: AdamW reads 4 and writes 3 float32 tensors a
-                     parameter
+    model            depth * (mssa + ista or overcomplete, or a decoder's GEMM) + stem + head;
+                     images, parameters, logits; a training step: AdamW reads 4 and writes 3
+                     float32 tensors a parameter
 
 Bytes count each tensor once: what stays inside an op need never leave the chip.
 """
@@ -105,11 +105,17 @@ def _model(w: Workload) -> tuple[Cost, Cost]:
     head_dim = shape.width // shape.heads
     layer = replace(w, width=shape.width, heads=shape.heads, head_dim=head_dim, tokens=shape.tokens)
     rows, patch_width = w.batch * (shape.tokens - 1), 3 * shape.patch**2
-    stem_and_head = 2 * (rows * patch_width + w.batch * CLASSES) * shape.width
+    columns = rows * patch_width + w.batch * CLASSES
+    if shape.decoder:
+        columns = (rows + w.batch * shape.tokens) * patch_width
+    if shape.context:
+        layer, rows, patch_width = replace(layer, causal=True), w.batch * shape.context, 2  # int64
+        columns = rows * shape.vocabulary
+    stem_and_head = 2 * columns * shape.width
     parameters, images = 4.0 * shape.parameters, 4 * rows * patch_width
     parts = []
     for i, (gemms, traffic) in enumerate(((1, 1), (2, 7))):
-        layers = (_mssa(layer)[i] + dictionary(layer)[i]).times(shape.depth)
+        layers = (_mssa(layer)[i] + dictionary(layer)[i]).times(shape.depth + shape.decoder)
         ends = Cost(gemms * stem_and_head, traffic * parameters + images)
         parts.append(replace_bytes(layers, 0) + ends)
     return parts[0], parts[1]

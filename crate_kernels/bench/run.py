@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch._functorch import config as functorch_config
 
-from .cases import Case, ModelCase, make_case
+from .cases import Case, make_case
 from .check import Outputs, Parity, compare
+from .model_cases import ModelCase
 from .peers import NARROW, YARDSTICK, Candidate, Unavailable, candidate
 from .roofline import Ceilings, floor_us
 from .timing import Run, first_line, interleave, peak_gib, prepare

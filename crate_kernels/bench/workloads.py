@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-SUITES = ("core", "mssa", "ista", "decode", "model", "latency", "scaling", "alpha")
+SUITES = ("core", "mssa", "ista", "decode", "model", "latency", "scaling", "alpha", "family")
 MODES = ("forward", "backward", "forward+backward", "train")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -21,11 +21,14 @@ class ModelShape:
     batch: int  # of one measured step on a large GPU
     overcomplete: bool = False  # CRATE-alpha
     patch: int = 16
+    decoder: int = 0  # layers of CRATE-MAE's
+    context: int = 0  # of text
+    vocabulary: int = 0
 
     @property
     def tokens(self) -> int:
-        """Patches of an image and the class token."""
-        return (PIXELS // self.patch) ** 2 + 1
+        """Of a text; or patches of an image and the class token."""
+        return self.context or (PIXELS // self.patch) ** 2 + 1
 
 
 PIXELS, TOKENS, CLASSES = 224, 197, 1000
@@ -38,6 +41,8 @@ MODELS = {
     "crate_alpha_tiny": ModelShape(192, 12, 3, 4_810_000, 512, True),
     "crate_alpha_small": ModelShape(576, 12, 12, 40_980_000, 128, True),
     "crate_alpha_base": ModelShape(768, 12, 12, 72_330_000, 128, True),
+    "crate_mae_base": ModelShape(768, 12, 12, 44_640_000, 256, decoder=12),
+    "crate_gpt": ModelShape(768, 12, 12, 60_700_000, 16, context=1024, vocabulary=50304),
 }
 RATIO = 4  # columns of an overcomplete dictionary over its rows
 ENCODER_DEPTH = 2
@@ -49,8 +54,8 @@ class Workload:
 
     suite    core: tied_attention on w (batch, tokens, heads*head_dim); mssa, ista and overcomplete:
              the layers without norm and residual on x (batch, tokens, width); decode: one new
-             token of each item, the last of ``tokens``, with a cache; model: a whole CRATE or
-             CRATE-alpha; encoder: ENCODER_DEPTH layers of one on x, in the scaling suite.
+             token of each item, the last of ``tokens``, with a cache; model: a whole one (of text
+             a batch of sequences); encoder: ENCODER_DEPTH layers of one on x, in the scaling suite.
     mode     forward (no gradient wanted), backward (alone: every gradient from that of the
              output), forward+backward, train (model: forward, backward, fused AdamW).
     dtype    of every tensor; with autocast, tensors are float32 and dtype is autocast's. Models
@@ -192,6 +197,10 @@ H200: Set = {
         *(encoder(128, 197, width) for width in (384, 576, 1024, 1536, 2048)),
     ),
     "alpha": alpha("crate_alpha_base", 128, {"train": 1.4, "forward": 0}),
+    "family": (
+        model("crate_mae_base", "train", target=1.8),
+        model("crate_gpt", "train", target=1.7),
+    ),
 }
 
 CPU: Set = {
@@ -214,6 +223,7 @@ CPU: Set = {
         encoder(b, n, 384, dtype="fp32", autocast=False) for b, n in ((32, 50), (8, 197), (2, 785))
     ),
     "alpha": alpha("crate_alpha_tiny", 8, {"train": 0, "forward": 0}, dtype="fp32"),
+    "family": (model("crate_mae_base", "train", 4, dtype="fp32"),),
 }
 
 QUICK_CUDA: Set = {
@@ -225,6 +235,7 @@ QUICK_CUDA: Set = {
     "latency": H200["latency"][:1],
     "scaling": H200["scaling"][:2],
     "alpha": alpha("crate_alpha_base", 128, {})[1:],
+    "family": (model("crate_gpt", "train", 4),),
 }
 QUICK_CPU: Set = {
     "core": core(2, 50, 3, 0, 0, dtype="fp32"),
@@ -235,6 +246,7 @@ QUICK_CPU: Set = {
     "latency": (model("crate_tiny", "forward", 1, dtype="fp32"),),
     "scaling": tuple(encoder(2, n, 64, dtype="fp32", autocast=False) for n in (20, 50)),
     "alpha": alpha("crate_alpha_tiny", 2, {}, dtype="fp32")[1:],
+    "family": (model("crate_mae_base", "forward", 1, dtype="fp32"),),
 }
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from crate_kernels import explain, fuse, ista, mssa, prepare_for_inference, tied_attention
 from crate_kernels.bench import workloads
-from crate_kernels.bench.cases import ModelCase
 from crate_kernels.bench.check import compare
+from crate_kernels.bench.model_cases import ModelCase
 from crate_kernels.bench.peers import candidate
 from crate_kernels.models import CRATE
 

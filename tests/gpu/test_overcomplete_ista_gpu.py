@@ -22,8 +22,8 @@ from helpers import (
 
 from crate_kernels import explain, fuse, models, overcomplete_ista
 from crate_kernels.bench import workloads
-from crate_kernels.bench.cases import ModelCase
 from crate_kernels.bench.check import compare
+from crate_kernels.bench.model_cases import ModelCase
 from crate_kernels.bench.peers import candidate
 from crate_kernels.overcomplete_ista.op import MEMORY
 
