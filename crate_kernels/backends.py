@@ -49,10 +49,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> Explanation:
-    """What fits op on ``x`` computing in ``dtype``; head_dim is None for ops without heads."""
+def explain(
+    op: str, x: Tensor, dtype: torch.dtype, head_dim: int | None, cuda_lacks: tuple[str, ...] = ()
+) -> Explanation:
+    """What fits op on ``x`` computing in ``dtype``; head_dim is None for ops without heads.
+
+    ``cuda_lacks`` are the options of this call that the CUDA kernels do not have.
+    """
     reasons = {
-        "cuda": _against_cuda(x, dtype, head_dim),
+        "cuda": (*_against_cuda(x, dtype, head_dim), *cuda_lacks),
         "triton": _against_triton(x, dtype, head_dim),
         "reference": (),
     }
@@ -67,7 +72,14 @@ def _best(op: str, x: Tensor, fits: list[str]) -> str:
     return fits[0]
 
 
-def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int | None) -> str:
+def choose(
+    op: str,
+    backend: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    cuda_lacks: tuple[str, ...] = (),
+) -> str:
     """The backend to run: ``backend`` itself if it fits, or the best that does for "auto"."""
     if backend == "auto":
         backend = os.environ.get(BACKEND_VARIABLE, "auto")
@@ -77,7 +89,7 @@ def choose(op: str, backend: str, x: Tensor, dtype: torch.dtype, head_dim: int |
         )
     if backend == "reference":
         return backend
-    found = explain(op, x, dtype, head_dim)
+    found = explain(op, x, dtype, head_dim, cuda_lacks)
     if backend == "auto":
         if not torch.compiler.is_compiling():
             _log_once(op, str(x.device.type), found)
