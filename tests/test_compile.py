@@ -15,6 +15,7 @@ from helpers import (
     overcomplete_inputs,
     patch_embedding_inputs,
     results,
+    threshold_inputs,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -108,6 +109,23 @@ def test_opcheck_crate_block(memory, c_dtype, out):
         torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
 
 
+@pytest.mark.parametrize("c_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SMALL_ISTA.values(), ids=SMALL_ISTA)
+def test_opcheck_ista_learned(shape, c_dtype):
+    x, *given = (t.float() for t in threshold_inputs(*shape).values())
+    xc, rest = x.to(c_dtype), (True, "reference")
+    torch.library.opcheck(OPS.ista_learned, (x, xc, *given, *rest))
+    leaves = [t.clone().requires_grad_() for t in (x, *given)]
+    torch.library.opcheck(OPS.ista_learned, (leaves[0], xc, *leaves[1:], *rest))
+    y, gram = OPS.ista_learned(x, xc, *given, *rest)
+    weight, *numbers = given
+    for wants in ([True] * 4, [False, False, True, False], [True, False, False, True]):
+        saved = (torch.randn_like(y), y, xc, weight, gram, *numbers, x.dtype, wants, "reference")
+        torch.library.opcheck(OPS.ista_learned_backward, saved)
+    if gram.numel():
+        torch.library.opcheck(OPS.ista_learned_apply, (x, xc, gram, *numbers, *rest))
+
+
 @pytest.mark.parametrize("memory", ["default", "low", "none"])
 @pytest.mark.parametrize("c_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -166,6 +184,9 @@ def test_every_registered_op_is_checked_above():
             "ista",
             "ista_backward",
             "ista_apply",
+            "ista_learned",
+            "ista_learned_backward",
+            "ista_learned_apply",
             "crate_block",
             "crate_block_backward",
             "overcomplete_ista",

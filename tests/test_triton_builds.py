@@ -18,6 +18,7 @@ from crate_kernels import backends
 from crate_kernels.block import triton_kernels as block_kernels
 from crate_kernels.decode import triton_kernels as decode_kernels
 from crate_kernels.ista import triton_kernels as ista_kernels
+from crate_kernels.ista.learned import triton_kernels as learned_kernels
 from crate_kernels.mssa import triton_kernels as mssa_kernels
 from crate_kernels.mssa.masks import Mask
 from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kernels
@@ -77,6 +78,16 @@ def launch_ista(x_dtype, c_dtype, rows, d):
     _, g = ista_kernels.input_gradient(dy, y, gram)
     ista_kernels.weight_gradient(xc, g, weight, 0.1)
     ista_kernels.backward_weight(dy, y, xc, weight, 0.1, x_dtype, True, True)
+
+
+def launch_ista_learned(x_dtype, c_dtype, rows, d, size, signed):
+    x, weight = meta(rows, d, dtype=x_dtype), meta(d, d, dtype=x_dtype)
+    xc, eta, lambd = x.to(c_dtype), meta(size, dtype=torch.float32), meta(d, dtype=x_dtype)
+    a = ista_kernels.make_gram(weight, 1.0, c_dtype)
+    y = learned_kernels.apply_gram(x, xc, a, eta, lambd, signed)
+    learned_kernels.apply_weight(x, xc, weight, eta, lambd, signed)
+    options = (eta, lambd, x_dtype, [True] * 4)
+    learned_kernels.backward(torch.empty_like(y), y, xc, weight, a, *options)
 
 
 def launch_block(dtype, x_dtype, d):
@@ -164,6 +175,17 @@ def test_ista_builds(capability, x_dtype, c_dtype):
     with builds_for(capability) as builds:
         for rows, d in [(25216, 768), (25216, 50), (64, 64), (1, 20)]:
             launch_ista(x_dtype, c_dtype, rows, d)
+    check(builds, capability)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_ista_with_learned_thresholds_builds(capability, x_dtype):
+    with builds_for(capability) as builds:
+        for rows, d in [(25216, 768), (64, 20)]:
+            launch_ista_learned(x_dtype, torch.bfloat16, rows, d, d, False)
+            launch_ista_learned(x_dtype, torch.bfloat16, rows, d, 1, True)
+        launch_ista_learned(torch.float32, torch.float32, 1, 1, 1, True)
     check(builds, capability)
 
 

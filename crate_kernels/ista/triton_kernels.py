@@ -69,9 +69,22 @@ def _load_tile(
 
 
 @triton.jit
+def _act(v, threshold, ACT: tl.constexpr):
+    """v - threshold ("none"), its "relu", or sign(v) relu(|v| - threshold) ("soft"); nan stays."""
+    if ACT == "soft":
+        size = tl.abs(v) - threshold
+        return tl.where((size <= 0) | (v == 0), 0.0, tl.where(v < 0, -size, size))
+    out = v - threshold
+    if ACT == "relu":
+        out = tl.where(out <= 0, 0.0, out)
+    return out
+
+
+@triton.jit
 def _epilogue(
     acc, C, Y, OUT, row, col, n_rows, D, beta, alpha, threshold,
-    RELU: tl.constexpr, MASK: tl.constexpr, PARTS: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    ACT: tl.constexpr, STEP_STRIDE: tl.constexpr, LAMBD_STRIDE: tl.constexpr,
+    MASK: tl.constexpr, PARTS: tl.constexpr, OUT_DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Write act(beta C + alpha acc - threshold), halving the columns until PARTS are done.
@@ -83,23 +96,30 @@ def _epilogue(
         left, right = tl.split(halves)
         _epilogue(
             left, C, Y, OUT, row, col, n_rows, D, beta, alpha, threshold,
-            RELU, MASK, PARTS // 2, OUT_DTYPE, ROWS, COLS // 2, DESCRIBED,
+            ACT, STEP_STRIDE, LAMBD_STRIDE, MASK, PARTS // 2, OUT_DTYPE, ROWS, COLS // 2, DESCRIBED,
         )  # fmt: skip
         _epilogue(
             right, C, Y, OUT, row, col + COLS // 2, n_rows, D, beta, alpha, threshold,
-            RELU, MASK, PARTS // 2, OUT_DTYPE, ROWS, COLS // 2, DESCRIBED,
+            ACT, STEP_STRIDE, LAMBD_STRIDE, MASK, PARTS // 2, OUT_DTYPE, ROWS, COLS // 2, DESCRIBED,
         )  # fmt: skip
     else:
         if C is None:
-            out = alpha * acc - threshold
+            out = alpha * acc
         else:
             c = _load_tile(C, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED).to(tl.float32)
             if MASK == "positive" or MASK == "nonzero":
                 y = _load_tile(Y, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED)
                 c = tl.where(y == 0 if MASK == "nonzero" else y <= 0, 0.0, c)
-            out = beta * c + alpha * acc - threshold
-        if RELU:
-            out = tl.where(out <= 0, 0.0, out)
+            if STEP_STRIDE >= 0:
+                column = col + tl.arange(0, COLS)[None, :]
+                step = tl.load(alpha + column * STEP_STRIDE, mask=column < D, other=0.0)
+                lambd = tl.load(threshold + column * LAMBD_STRIDE, mask=column < D, other=0.0)
+                step = step.to(tl.float32)
+                out = beta * c + step * acc
+                threshold = step * lambd.to(tl.float32)
+            else:
+                out = beta * c + alpha * acc
+        out = _act(out, threshold, ACT)
         if MASK == "result":
             y = _load_tile(Y, row, col, n_rows, D, D, 1, ROWS, COLS, DESCRIBED)
             out = tl.where(y <= 0, 0.0, out)
@@ -117,18 +137,21 @@ def _epilogue(
 def gemm_kernel(
     C, A, B, Y, CHANGED, OUT, n_rows, D, K, beta, alpha, threshold,
     stride_am, stride_ak, stride_bk, stride_bn, n_changed,
-    RELU: tl.constexpr, MASK: tl.constexpr, FLAGS: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    ACT: tl.constexpr, STEP_STRIDE: tl.constexpr, LAMBD_STRIDE: tl.constexpr,
+    MASK: tl.constexpr, FLAGS: tl.constexpr, OUT_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     DESCRIBED: tl.constexpr, TRANSPOSE_A: tl.constexpr, TRANSPOSE_B: tl.constexpr,
     PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """OUT = act(beta C + alpha A B - threshold): A (n_rows, K), B (K, D), C and OUT (n_rows, D).
 
-    K and C may be None: K = D, C = 0. RELU: act is relu, nan kept. MASK: C counts everywhere
-    ("none"), where Y > 0 ("positive") or where Y != 0 ("nonzero"); or OUT is 0 but where Y > 0
-    ("result"), as nan is here. FLAGS (0: no condition): do nothing unless one of the n_changed <=
-    FLAGS flags at CHANGED is set. DESCRIBED: the matrices are tensor descriptors, those of A^T and
-    B^T where TRANSPOSE_A and TRANSPOSE_B. EARLY: launched before the kernel ahead of it ends.
+    K and C may be None: K = D, C = 0. ACT as in _act. STEP_STRIDE >= 0: alpha and threshold are
+    the addresses of eta and lambda, of one for all columns (stride 0) or one for each (1), and eta
+    lambda is the threshold. MASK: C counts everywhere ("none"), where Y > 0 ("positive") or where
+    Y != 0 ("nonzero"); or OUT is 0 but where Y > 0 ("result"), as nan is here. FLAGS (0: no
+    condition): do nothing unless one of the n_changed <= FLAGS flags at CHANGED is set. DESCRIBED:
+    the matrices are tensor descriptors, those of A^T and B^T where TRANSPOSE_A and TRANSPOSE_B.
+    EARLY: launched before the kernel ahead of it ends.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -159,7 +182,7 @@ def gemm_kernel(
             acc = dot(a, b, acc, PRECISION)
         _epilogue(
             acc, C, Y, OUT, row, col, n_rows, D, beta, alpha, threshold,
-            RELU, MASK, PARTS, OUT_DTYPE, BLOCK_M, BLOCK_N, DESCRIBED,
+            ACT, STEP_STRIDE, LAMBD_STRIDE, MASK, PARTS, OUT_DTYPE, BLOCK_M, BLOCK_N, DESCRIBED,
         )  # fmt: skip
 
 
@@ -217,7 +240,7 @@ def _launch_gram(
 def apply_gram(x: Tensor, xc: Tensor, gram: Tensor, threshold: float) -> Tensor:
     """relu(x + xc G - threshold)"""
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, xc.dtype), device=x.device)
-    _gemm(x.contiguous(), _rows(xc), gram, y, threshold=threshold, relu=True)
+    _gemm(x.contiguous(), _rows(xc), gram, y, threshold=threshold, act="relu")
     return y
 
 
@@ -229,7 +252,7 @@ def apply_weight(
     residual = torch.empty_like(xc)
     _gemm(xc, xc, wc.mT, residual, alpha=-1.0)
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, xc.dtype), device=x.device)
-    _gemm(x.contiguous(), residual, wc, y, alpha=step_size, threshold=threshold, relu=True)
+    _gemm(x.contiguous(), residual, wc, y, alpha=step_size, threshold=threshold, act="relu")
     return y
 
 
@@ -242,8 +265,11 @@ def input_gradient(
     block = 4096
     with on_device_of(y):
         mask_kernel[(triton.cdiv(y.numel(), block),)](dy, y, g, y.numel(), BLOCK=block)
-    if not wants_x:
-        return None, g
+    return (_masked_gradient(dy, y, g, gram, "positive") if wants_x else None), g
+
+
+def _masked_gradient(dy: Tensor, y: Tensor, g: Tensor, gram: Tensor, mask: str) -> Tensor:
+    """g + g G^T in the dtype of dy; ``mask`` of y is what made g of dy."""
     dx, rows = torch.empty_like(dy), _rows(g)
     if dy.dtype == g.dtype:
         _gemm(g, rows, gram.mT, dx)
@@ -251,20 +277,26 @@ def input_gradient(
         # The unrounded gradient passes through the identity, masked by g, which is at hand.
         _gemm(dy, rows, gram.mT, dx, mask="nonzero", y=g)
     else:  # float16 rounds small gradients to zero
-        _gemm(dy, rows, gram.mT, dx, mask="positive", y=y)
-    return dx, g
+        _gemm(dy, rows, gram.mT, dx, mask=mask, y=y)
+    return dx
 
 
 def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
     """dW = eta (M - W (M + M^T)), M = xc^T g over all tokens."""
-    m = sum_over_tokens(xc, g, torch.float32)
+    return _weight_gradient_of(sum_over_tokens(xc, g, torch.float32), weight, step_size, xc.dtype)
+
+
+def _weight_gradient_of(
+    m: Tensor, weight: Tensor, step_size: float, c_dtype: torch.dtype
+) -> Tensor:
+    """eta (M - W (M + M^T)), of products that ran in ``c_dtype``."""
     # float16 cannot hold a scaled M: its product runs in TF32.
-    dtype = torch.float32 if xc.dtype == torch.float16 else xc.dtype
+    dtype = torch.float32 if c_dtype == torch.float16 else c_dtype
     both = torch.add(m, m.mT, out=torch.empty_like(m, dtype=dtype))
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     _gemm(
         m, weight.to(dtype), both, dw,
-        beta=step_size, alpha=-step_size, precision=dot_precision(xc.dtype),
+        beta=step_size, alpha=-step_size, precision=dot_precision(c_dtype),
     )  # fmt: skip
     return dw
 
@@ -285,9 +317,9 @@ def _gemm(
     out: Tensor,
     *,
     beta: float = 1.0,
-    alpha: float = 1.0,
-    threshold: float = 0.0,
-    relu: bool = False,
+    alpha: float | Tensor = 1.0,
+    threshold: float | Tensor = 0.0,
+    act: str = "none",
     mask: str = "none",
     y: Tensor | None = None,
     changed: Tensor | None = None,
@@ -295,7 +327,8 @@ def _gemm(
 ) -> None:
     """out = act(beta c + alpha a b - threshold); c, y and out are contiguous, of as many elements.
 
-    c may be None: zero. mask is what gemm_kernel calls MASK.
+    c may be None: zero. Tensors for alpha and threshold are eta and lambda, of one element or
+    contiguous (D,). mask is what gemm_kernel calls MASK, act what it calls ACT.
     """
     (n_rows, k), d = a.shape, b.shape[1]
     if n_rows == 0:
@@ -318,6 +351,9 @@ def _gemm(
             None if y is None else _describe(y, d, part),
             _describe(out, d, part),
         ]
+    step_stride, lambd_stride = (
+        (0 if t.numel() == 1 else 1) if isinstance(t, Tensor) else -1 for t in (alpha, threshold)
+    )
     n_changed = 0 if changed is None else changed.numel()
     tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(d, config.block_n)
     early = n_rows == d and can_start_early(a)  # short enough for it to matter
@@ -327,7 +363,8 @@ def _gemm(
             *matrices[:4], changed, matrices[4], n_rows, d, None if k == d else k,
             beta, alpha, threshold,
             *a.stride(), *b.stride(), n_changed,
-            RELU=relu, MASK=mask, FLAGS=triton.next_power_of_2(n_changed) if n_changed else 0,
+            ACT=act, STEP_STRIDE=step_stride, LAMBD_STRIDE=lambd_stride,
+            MASK=mask, FLAGS=triton.next_power_of_2(n_changed) if n_changed else 0,
             OUT_DTYPE=getattr(tl, str(out.dtype).removeprefix("torch.")),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             PARTS=config.parts, DESCRIBED=config.described,

@@ -156,6 +156,8 @@ class CausalBlock(nn.Module):
                 return f"{name} is {type(module).__name__}, not {kind.__name__}"
             if has_hooks(module) or "forward" in module.__dict__:
                 return f"{name} has hooks or a replaced forward"
+        if any(isinstance(t, Tensor) for t in (self.ista.step_size, self.ista.lambd)):
+            return "the step size or lambda of ista is a tensor"
         if attn.c_attn.bias is not None or self.prenorm_1.eps != self.prenorm_2.eps:
             return "c_attn has a bias, or the eps of its norms differ"
         parameters = self._in_order()

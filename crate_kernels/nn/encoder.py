@@ -200,6 +200,8 @@ def unfused_block_reason(
             return f"its {side} norm has no weight and bias of shape (D,)"
         if any(has_hooks(m) or "forward" in m.__dict__ for m in (step, norm, fn)):
             return f"its {side} step, norm or fn has hooks or a replaced forward"
+    if any(isinstance(t, Tensor) for t in (ff.fn.step_size, ff.fn.lambd)):
+        return "the step size or lambda of its dictionary step is a tensor"
     if attn.norm.eps != ff.norm.eps or attn.norm.eps <= 0:
         return f"the eps of its norms are not one > 0: {attn.norm.eps:g} and {ff.norm.eps:g}"
     reason = unfused_reason(attn.fn)

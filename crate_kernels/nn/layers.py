@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
         return F.relu(x + (step - self.step_size * self.lambd))
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, step_size={self.step_size:g}, lambd={self.lambd:g}"
+        return f"{self.weight.shape[0]}, {_numbers(step_size=self.step_size, lambd=self.lambd)}"
 
 
 class OvercompleteFeedForward(nn.Module):
@@ -216,6 +216,9 @@ class MSSA(Attention):
 class ISTA(FeedForward):
     """:class:`FeedForward` on :func:`crate_kernels.ista`: formula, arguments and keys are its own.
 
+    A step size or lambda that is learned is a parameter in its place:
+    ``layer.step_size = nn.Parameter(torch.full((dim,), 0.1))``, for each column or ().
+
     Dtypes and errors: as in :func:`crate_kernels.ista`.
     """
 
@@ -298,6 +301,12 @@ def has_hooks(module: nn.Module) -> bool:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling it comes to its class's forward and nothing else."""
     return not (has_hooks(module) or _has_any_global_hook() or "forward" in module.__dict__)
+
+
+def _numbers(**values: Any) -> str:
+    """A number by its value, a tensor by its shape."""
+    shown = {k: tuple(v.shape) if isinstance(v, Tensor) else f"{v:g}" for k, v in values.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from ..ista.triton_kernels import _gemm
 
 def encode(x: Tensor, dictionary: Tensor, step_size: float, threshold: float) -> Tensor:
     z1 = x.new_empty(x.shape[0], dictionary.shape[1])
-    _gemm(None, x, dictionary, z1, alpha=step_size, threshold=threshold, relu=True)
+    _gemm(None, x, dictionary, z1, alpha=step_size, threshold=threshold, act="relu")
     return z1
 
 
@@ -33,7 +33,7 @@ def residual(x: Tensor, z1: Tensor, dictionary: Tensor) -> Tensor:
 
 def refine(z1: Tensor, r: Tensor, dictionary: Tensor, step_size: float, threshold: float) -> Tensor:
     z2 = torch.empty_like(z1)
-    _gemm(z1, r, dictionary, z2, alpha=step_size, threshold=threshold, relu=True)
+    _gemm(z1, r, dictionary, z2, alpha=step_size, threshold=threshold, act="relu")
     return z2
 
 

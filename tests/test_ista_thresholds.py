@@ -1,0 +1,234 @@
+"""ista with step sizes and thresholds in tensors, and of both signs, on torch's CPU kernels."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import (
+    HALVES,
+    assert_as_close_as_plain,
+    assert_equal_results,
+    off_the_threshold,
+    published_thresholds,
+    results,
+    threshold_inputs,
+)
+
+import crate_kernels
+from crate_kernels import ista, ista_reference, ista_reference_backward, models
+
+# Tokens >= D go through A, fewer through W itself.
+SHAPES = [(2, 5, 4), (7, 3), (2, 3, 8), (6,), (1, 1)]
+KINDS = [
+    ("scalar", "channel"),
+    ("channel", "scalar"),
+    ("one", None),
+    (None, "channel"),
+    (None, None),
+]
+
+
+def cases():
+    for shape, kinds, signed in itertools.product(SHAPES, KINDS, (False, True)):
+        if kinds == (None, None) and not signed:
+            continue
+        inputs = threshold_inputs(*shape, kinds=kinds)
+        yield (shape, kinds, signed), inputs, torch.randn(shape, dtype=torch.float64), signed
+
+
+def test_reference_and_its_gradients_equal_the_formula():
+    for what, inputs, dy, signed in cases():
+        want = results(published_thresholds, inputs, dy, signed=signed)
+        assert_equal_results(results(ista_reference, inputs, dy, signed=signed), want, what)
+        by_hand = ista_reference_backward(dy, **inputs, signed=signed)
+        got = dict(zip([f"d{name}" for name in inputs], by_hand, strict=True))
+        assert_equal_results({"y": want["y"], **got}, want, what)
+
+
+def test_float64_op_equals_the_formula():
+    for what, inputs, dy, signed in cases():
+        want = results(published_thresholds, inputs, dy, signed=signed)
+        assert_equal_results(results(ista, inputs, dy, signed=signed), want, what)
+        with torch.no_grad():
+            y = ista(**inputs, signed=signed)
+        assert_equal_results({"y": y}, {"y": want["y"]}, (what, "inference"))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 5)])
+def test_gradcheck(shape, signed):
+    for kinds in (("channel", "channel"), ("scalar", "scalar")):
+        inputs = threshold_inputs(*shape, kinds=kinds)
+        names = list(inputs)
+
+        def run(*tensors, names=names):
+            return ista(**dict(zip(names, tensors, strict=True)), signed=signed)
+
+        assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in inputs.values()])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", [(2, 50, 48), (10, 64)])
+def test_as_close_as_plain_pytorch(shape, dtype, signed):
+    inputs = {k: t.to(dtype) for k, t in threshold_inputs(*shape).items()}
+    dy = off_the_threshold(torch.randn(shape).to(dtype), inputs, signed)
+    exact = results(published_thresholds, inputs, dy, torch.float64, signed=signed)
+    plain = results(published_thresholds, inputs, dy, signed=signed)
+    assert_as_close_as_plain(results(ista, inputs, dy, signed=signed), plain, exact)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 8)])
+def test_under_autocast_dtypes_are_the_layers(shape):
+    inputs = {k: t.float() for k, t in threshold_inputs(*shape).items()}
+    inputs["x"] = inputs["x"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(ista, inputs, torch.ones(shape))
+    assert got.pop("y").dtype == torch.bfloat16
+    assert [got[f"d{name}"].dtype for name in inputs] == [t.dtype for t in inputs.values()]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 8)])
+def test_any_subset_of_gradients(shape):
+    inputs, dy = threshold_inputs(*shape), torch.randn(shape, dtype=torch.float64)
+    want = results(published_thresholds, inputs, dy)
+    for wanted in itertools.product([False, True], repeat=4):
+        flags = dict(zip(inputs, wanted, strict=True))
+        leaves = {k: t.clone().requires_grad_(flags[k]) for k, t in inputs.items()}
+        y = ista(**leaves)
+        if any(wanted):
+            y.backward(dy)
+        for name, leaf in leaves.items():
+            assert (leaf.grad is not None) == flags[name]
+            if flags[name]:
+                torch.testing.assert_close(leaf.grad, want[f"d{name}"])
+
+
+def test_strides_of_any_kind():
+    inputs = threshold_inputs(2, 5, 4)
+    dy = torch.ones(1, dtype=torch.float64).expand(2, 5, 4)
+    want = results(published_thresholds, inputs, dy)
+    leaves = {k: torch.stack((t, t), -1)[..., 0].requires_grad_() for k, t in inputs.items()}
+    y = ista(**leaves)
+    y.backward(dy)
+    assert y.is_contiguous() and all(t.grad.shape == t.shape for t in leaves.values())
+    got = {"y": y.detach(), **{f"d{k}": t.grad.contiguous() for k, t in leaves.items()}}
+    assert_equal_results(got, want, "strided")
+
+
+def test_inference_sees_changed_steps_thresholds_and_weights():
+    inputs = threshold_inputs(6, 4)
+    with torch.no_grad():
+        for name in ("step_size", "lambd", "weight"):
+            before = ista(**inputs)
+            inputs[name].data.mul_(1.5)
+            after = ista(**inputs)
+            assert not torch.equal(before, after)
+            torch.testing.assert_close(after, published_thresholds(**inputs))
+
+
+def test_numbers_and_tensors_of_them_agree():
+    x, weight, *_ = threshold_inputs(6, 4).values()
+    want = ista(x, weight, step_size=0.3, lambd=0.2)
+    for step, lambd in ((torch.tensor(0.3), 0.2), (0.3, torch.full((4,), 0.2))):
+        given = [t.double() if isinstance(t, torch.Tensor) else t for t in (step, lambd)]
+        got = ista(x, weight, step_size=given[0], lambd=given[1])
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_empty_batch():
+    inputs = threshold_inputs(6, 4)
+    inputs["x"] = inputs["x"][:0]
+    got = results(ista, inputs, torch.empty(0, 4))
+    assert got["y"].shape == (0, 4)
+    assert all(not got[f"d{name}"].any() for name in inputs)
+
+
+def test_double_backward_is_refused():
+    leaves = {k: t.requires_grad_() for k, t in threshold_inputs(6, 4).items()}
+    (dx,) = torch.autograd.grad(ista(**leaves).square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="ista_learned: double backward is not implemented"):
+        dx.sum().backward()
+
+
+def test_compiles_into_one_graph():
+    inputs, dy = threshold_inputs(6, 4), torch.randn(6, 4, dtype=torch.float64)
+    compiled = torch.compile(ista, fullgraph=True, backend="aot_eager")
+    got = results(compiled, inputs, dy, signed=True)
+    assert_equal_results(got, results(ista, inputs, dy, signed=True), "compiled")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"step_size": torch.ones(3).double()}, ValueError, r"step_size a number or of shape \(\)"),
+        ({"lambd": torch.ones(1, 4).double()}, ValueError, r"= \(4,\), got \(1, 4\)"),
+        ({"lambd": torch.ones(4)}, TypeError, "lambd of the dtype of x"),
+        ({"step_size": -0.1}, ValueError, "step_size to be finite and >= 0"),
+        ({"signed": 1}, TypeError, "signed to be a bool, got int"),
+        ({"backend": "cuda"}, ValueError, "a tensor for lambd: CUDA kernels have no such option"),
+    ],
+)
+def test_bad_input(change, error, says):
+    with pytest.raises(error, match=says):
+        ista(**{**threshold_inputs(6, 4), **change})
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = models.Transformer(8, 2, 2, 4)
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+@pytest.mark.parametrize("shape", [(), (8,)])
+def test_modules_learn_them(shape):
+    """In an encoder such a layer runs module by module, and says so."""
+    model = Model().double()
+    layer = model.encoder.layers[1][1].fn
+    layer.step_size = torch.nn.Parameter(torch.full(shape, 0.2).double())
+    plain = copy.deepcopy(model)
+    report = crate_kernels.fuse(model)
+    assert [entry.kind for entry in report.skipped] == ["ISTA", "Encoder"]
+    assert "step_size" in report.skipped[0].reason
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    want = plain(x)
+    torch.testing.assert_close(model(x), want)
+    # Learned from after the swap on.
+    model = Model().double()
+    crate_kernels.fuse(model)
+    layer = model.encoder.layers[1][1].fn
+    layer.step_size = torch.nn.Parameter(torch.full(shape, 0.2).double())
+    got = model(x)
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    torch.testing.assert_close(layer.step_size.grad, plain.encoder.layers[1][1].fn.step_size.grad)
+    crate_kernels.prepare_for_inference(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want)
+    assert f"step_size={shape}" in repr(model)
+
+
+def test_a_text_model_learns_them():
+    torch.manual_seed(0)
+    model = models.crate_gpt(20, context=8, dim=8, depth=2, heads=2)
+    layer = model.transformer["h"][0].ista
+    layer.lambd = torch.nn.Parameter(torch.full((8,), 0.1))
+    idx = torch.randint(20, (2, 8))
+    _, loss = model(idx, idx)
+    loss.backward()
+    assert layer.lambd.grad.abs().sum() > 0
+
+
+def test_explain():
+    inputs = threshold_inputs(6, 4)
+    found = crate_kernels.explain("ista", **inputs, signed=True)
+    assert found.chosen == "reference"
+    assert "signed: CUDA kernels have no such option" in found.reasons["cuda"]
