@@ -1,6 +1,6 @@
 """Fused kernels for CRATE, the white-box transformer (arXiv 2311.13110).
 
-Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention` and a whole layer of both,
+Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, :func:`tied_rotary` and a whole layer,
 :func:`crate_block`, each with its ``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back.
 """
@@ -24,6 +24,8 @@ from .mssa.reference import (
     tied_attention_reference_backward,
 )
 from .nn.fusion import fuse, unfuse
+from .rotary.op import explain_tied_rotary, tied_rotary
+from .rotary.reference import tied_rotary_reference, tied_rotary_reference_backward
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,9 @@ __all__ = [
     "tied_attention",
     "tied_attention_reference",
     "tied_attention_reference_backward",
+    "tied_rotary",
+    "tied_rotary_reference",
+    "tied_rotary_reference_backward",
     "unfuse",
 ]
 
@@ -53,12 +58,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backends fit ``op`` called with these arguments, and why the others do not.
 
     ``print(crate_kernels.explain("mssa", x, w_qkv, w_out, b_out, heads=12))``. ``op`` is
-    "mssa", "tied_attention", "ista" or "crate_block"; the other arguments are that op's own
+    "mssa", "tied_attention", "tied_rotary", "ista" or "crate_block"; the other arguments are that op's own
     (without backend). Bad arguments raise as the op itself would.
     """
     explainers: dict[str, Callable[..., Explanation]] = {
         "mssa": explain_mssa,
         "tied_attention": explain_tied_attention,
+        "tied_rotary": explain_tied_rotary,
         "ista": explain_ista,
         "crate_block": explain_crate_block,
     }

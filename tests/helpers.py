@@ -89,6 +89,27 @@ def published_mssa(
     return o if w_out is None else F.linear(o, w_out, b_out)
 
 
+def published_rotary(
+    w: Tensor, cos: Tensor, sin: Tensor, *, heads: int, norm_eps: float | None = None
+) -> Tensor:
+    """Rotation, then norm, as nanochat-crate has them, its tables of shape (1, N, 1, head_dim/2)."""
+    x = w.unflatten(-1, (heads, -1))
+    half = x.shape[-1] // 2
+    cos, sin = (t[None, :, None].to(w.dtype) for t in (cos, sin))
+    a, b = x[..., :half], x[..., half:]
+    y = torch.cat([a * cos + b * sin, a * -sin + b * cos], -1).view(x.shape)
+    if norm_eps is not None:
+        y = F.rms_norm(y, (y.shape[-1],), eps=norm_eps)
+    return y.flatten(-2)
+
+
+def angles(n: int, head_dim: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, head_dim/2) in float64 of the usual frequencies."""
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turned = torch.outer(torch.arange(start, start + n, dtype=torch.float64), frequencies)
+    return turned.cos(), turned.sin()
+
+
 def published_ista(
     x: Tensor, weight: Tensor, *, step_size: float = 0.1, lambd: float = 0.1
 ) -> Tensor:

@@ -58,6 +58,20 @@ def test_opcheck_tied_attention_masked(dtype):
         torch.library.opcheck(OPS.tied_attention_masked_backward, (*saved, *rest))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+def test_opcheck_tied_rotary(dtype, norm_eps):
+    cos, sin = torch.randn(2, 6, 2).to(torch.bfloat16)
+    for shape in [(2, 6, 8), (6, 8)]:
+        w, dy = torch.randn(2, *shape).to(dtype)
+        torch.library.opcheck(
+            OPS.tied_rotary, (w.clone().requires_grad_(), cos, sin, 2, norm_eps, "reference")
+        )
+        y, rstd = OPS.tied_rotary(w, cos, sin, 2, norm_eps, "reference")
+        saved = (dy, None if norm_eps is None else y, rstd, cos, sin, 2, "reference")
+        torch.library.opcheck(OPS.tied_rotary_backward, saved)
+
+
 @pytest.mark.parametrize(("x_dtype", "c_dtype"), [("float32",) * 2, ("float32", "bfloat16")])
 @pytest.mark.parametrize("form", SMALL_ISTA)
 def test_opcheck_ista(x_dtype, c_dtype, form):
@@ -108,6 +122,8 @@ def test_every_registered_op_is_checked_above():
             "tied_attention_backward",
             "tied_attention_masked",
             "tied_attention_masked_backward",
+            "tied_rotary",
+            "tied_rotary_backward",
             "ista",
             "ista_backward",
             "ista_apply",

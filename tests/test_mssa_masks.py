@@ -250,11 +250,11 @@ def test_any_packing_with_one_graph():
 def test_explain_says_what_cuda_lacks():
     w = torch.randn(4, 7, 8)
     against = explain("tied_attention", w, heads=2, window=3, **padded()).reasons["cuda"]
-    assert "lengths: CUDA kernels have no such option" in against
-    assert "window: CUDA kernels have no such option" in against
+    assert "lengths: the CUDA kernels do not have it" in against
+    assert "window: the CUDA kernels do not have it" in against
     x = torch.randn(13, 8)
     found = explain("mssa", x, torch.randn(8, 8), heads=2, **packed())
-    assert "cu_seqlens: CUDA kernels have no such option" in found.reasons["cuda"]
+    assert "cu_seqlens: the CUDA kernels do not have it" in found.reasons["cuda"]
 
 
 W3, W2 = torch.randn(4, 7, 8), torch.randn(13, 8)

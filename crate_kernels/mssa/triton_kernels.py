@@ -55,11 +55,15 @@ def forward_config(dtype: torch.dtype, head_dim: int, n: int) -> TileConfig:
     return TileConfig(64, 32, 4, 3, 80) if n <= 256 else TileConfig(64, 64, 4, 3)
 
 
-def backward_config(dtype: torch.dtype, head_dim: int, n: int, causal: bool) -> TileConfig:
+def backward_config(
+    dtype: torch.dtype, head_dim: int, n: int, causal: bool, window: bool = False
+) -> TileConfig:
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 2) if head_dim <= 128 else TileConfig(16, 16, 4, 2)
     if head_dim > 128:
         return TileConfig(32, 32, 4, 2)
+    if window:  # three or five loops without spilt registers; not measured yet
+        return TileConfig(64, 32, 4, 2, 168) if head_dim <= 64 else TileConfig(64, 32, 4, 2)
     if head_dim > 64:
         short = n <= 512 and not causal
         return TileConfig(64, 32, 4, 2, 168) if short else TileConfig(64, 64, 4, 2)
@@ -436,7 +440,7 @@ def backward(
     if batch == 0 or n == 0:
         return dw
     head_dim = w.shape[-1] // heads
-    config = backward_config(w.dtype, head_dim, n, causal or mask.window is not None)
+    config = backward_config(w.dtype, head_dim, n, causal, mask.window is not None)
     delta = torch.empty_like(lse)
     with on_device_of(w):
         tied_attention_delta_kernel[(batch * heads * triton.cdiv(n, 64),)](
