@@ -58,8 +58,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backends fit ``op`` called with these arguments, and why the others do not.
 
     ``print(crate_kernels.explain("mssa", x, w_qkv, w_out, b_out, heads=12))``. ``op`` is
-    "mssa", "tied_attention", "tied_rotary", "ista" or "crate_block"; the other arguments are that op's own
-    (without backend). Bad arguments raise as the op itself would.
+    "mssa", "tied_attention", "tied_rotary", "ista" or "crate_block"; the other arguments are that
+    op's own (without backend). Bad arguments raise as the op itself would.
     """
     explainers: dict[str, Callable[..., Explanation]] = {
         "mssa": explain_mssa,

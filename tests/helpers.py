@@ -21,6 +21,7 @@ def published_attention(
     scale: float | None = None,
     causal: bool = False,
     window: int | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     q = torch.stack(w.chunk(heads, dim=-1), dim=1)
     dots = torch.matmul(q, q.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -31,7 +32,8 @@ def published_attention(
         n = w.shape[1]
         near = torch.ones(n, n, device=w.device, dtype=torch.bool).triu(-window).tril(window)
         dots = dots.masked_fill(~near, float("-inf"))
-    return torch.cat(torch.matmul(torch.softmax(dots, dim=-1), q).unbind(1), dim=-1)
+    p = torch.softmax(dots, dim=-1)
+    return torch.cat(torch.matmul(p if keep is None else p * keep, q).unbind(1), dim=-1)
 
 
 def attention_by_sequence(
@@ -92,7 +94,7 @@ def published_mssa(
 def published_rotary(
     w: Tensor, cos: Tensor, sin: Tensor, *, heads: int, norm_eps: float | None = None
 ) -> Tensor:
-    """Rotation, then norm, as nanochat-crate has them, its tables of shape (1, N, 1, head_dim/2)."""
+    """Rotation, then norm, as nanochat-crate has them; its tables are (1, N, 1, head_dim/2)."""
     x = w.unflatten(-1, (heads, -1))
     half = x.shape[-1] // 2
     cos, sin = (t[None, :, None].to(w.dtype) for t in (cos, sin))

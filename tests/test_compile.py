@@ -50,7 +50,8 @@ def test_opcheck_tied_attention_masked(dtype):
     for shape, sequences in [((2, 6, 8), [6, 0]), ((2, 6, 8), None), ((9, 8), [0, 2, 2, 9])]:
         w, do = torch.randn(2, *shape).to(dtype)
         given = None if sequences is None else torch.tensor(sequences, dtype=torch.int32)
-        rest = (2, 0.5, True, 7, 3, "reference")
+        seed = torch.tensor([5]) if given is None else None
+        rest = (seed, 2, 0.5, True, 7, 3, 0.0 if seed is None else 0.3, "reference")
         for requires_grad in (False, True):
             leaf = w.clone().requires_grad_(requires_grad)
             torch.library.opcheck(OPS.tied_attention_masked, (leaf, given, *rest))

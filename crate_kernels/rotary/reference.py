@@ -1,4 +1,4 @@
-"""Rotation and norm in plain PyTorch, forward and backward: what the kernels are checked against."""
+"""Rotation and norm in plain PyTorch, forward and backward: what kernels are checked against."""
 
 from __future__ import annotations
 
