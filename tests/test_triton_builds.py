@@ -52,6 +52,7 @@ MASKS = {
     "packed": Mask(torch.empty(3, dtype=torch.int64, device="meta"), 512),
     "window": Mask(window=128),
     "packed, window": Mask(torch.empty(3, dtype=torch.int32, device="meta"), 4096, 64),
+    "dropout": Mask(dropout=0.1, seed=torch.empty(1, dtype=torch.int64, device="meta")),
 }
 
 

@@ -42,8 +42,8 @@ def kept(n: int, heads: Tensor, dropout: float, seed: Tensor) -> Tensor:
 
 
 def threshold(dropout: float) -> int:
-    """Of draws of 31 bits, those below it drop: as the kernels, from float32."""
-    return int(float(torch.tensor(dropout, dtype=torch.float32)) * 2**31)
+    """Of draws of 31 bits, those below it drop."""
+    return int(dropout * 2**31)
 
 
 def seed_tensor(seed: Any, device: torch.device) -> Tensor:
