@@ -64,13 +64,15 @@ def forward_config(dtype: torch.dtype, head_dim: int, n: int) -> TileConfig:
 
 
 def backward_config(
-    dtype: torch.dtype, head_dim: int, n: int, causal: bool, window: bool = False
+    dtype: torch.dtype, head_dim: int, n: int, causal: bool, more: bool = False
 ) -> TileConfig:
+    """``more``: with a window or dropout."""
     if dtype == torch.float32:
-        return TileConfig(32, 32, 4, 2) if head_dim <= 128 else TileConfig(16, 16, 4, 2)
+        small = head_dim <= 128 and not more
+        return TileConfig(32, 32, 4, 2) if small else TileConfig(16, 16, 4, 2)
     if head_dim > 128:
         return TileConfig(32, 32, 4, 2)
-    if window:  # three or five loops without spilt registers; not measured yet
+    if more:  # without spilt registers; not measured yet
         return TileConfig(64, 32, 4, 2, 168) if head_dim <= 64 else TileConfig(64, 32, 4, 2)
     if head_dim > 64:
         short = n <= 512 and not causal
@@ -395,7 +397,8 @@ def backward(
     if batch == 0 or n == 0:
         return dw
     head_dim = w.shape[-1] // heads
-    config = backward_config(w.dtype, head_dim, n, causal, mask.window is not None)
+    more = mask.window is not None or mask.seed is not None
+    config = backward_config(w.dtype, head_dim, n, causal, more)
     delta = torch.empty_like(lse)
     with on_device_of(w):
         tied_attention_delta_kernel[(batch * heads * triton.cdiv(n, 64),)](
