@@ -1,9 +1,9 @@
 """Fused kernels for CRATE, the white-box transformer (arXiv 2311.13110).
 
-Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention` and its step of generation
-:func:`tied_attention_decode`, a whole layer, :func:`crate_block`, the stem,
-:func:`patch_embedding`, and the ISTA of CRATE-alpha, :func:`overcomplete_ista`, each with its
-``*_reference`` twin.
+Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, what comes before it,
+:func:`tied_rotary`, and its step of generation, :func:`tied_attention_decode`, a whole layer,
+:func:`crate_block`, the stem, :func:`patch_embedding`, and the ISTA of CRATE-alpha,
+:func:`overcomplete_ista`, each with its ``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back,
 :func:`prepare_for_inference` makes once what a call makes of the weights.
 """
@@ -40,6 +40,8 @@ from .patch_embedding.reference import (
     patch_embedding_reference,
     patch_embedding_reference_backward,
 )
+from .rotary.op import explain_tied_rotary, tied_rotary
+from .rotary.reference import tied_rotary_reference, tied_rotary_reference_backward
 
 __version__ = "0.1.0"
 
@@ -70,6 +72,9 @@ __all__ = [
     "tied_attention_decode_reference",
     "tied_attention_reference",
     "tied_attention_reference_backward",
+    "tied_rotary",
+    "tied_rotary_reference",
+    "tied_rotary_reference_backward",
     "unfuse",
     "whitebox",
 ]
@@ -86,6 +91,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         "mssa": explain_mssa,
         "tied_attention": explain_tied_attention,
         "tied_attention_decode": explain_tied_attention_decode,
+        "tied_rotary": explain_tied_rotary,
         "ista": explain_ista,
         "crate_block": explain_crate_block,
         "patch_embedding": explain_patch_embedding,

@@ -115,7 +115,7 @@ def _against_cuda(
         reasons.append(f"head_dim {head_dim}: CUDA kernels are built for {CUDA_HEAD_DIMS}")
     if op == "ista" and x.shape[-1] % 8 != 0:
         reasons.append(f"D = {x.shape[-1]}: CUDA kernels take multiples of 8")
-    reasons += [f"{option}: CUDA kernels have no such option" for option in options]
+    reasons += [f"{option}: the CUDA kernels do not have it" for option in options]
     return tuple(reasons)
 
 

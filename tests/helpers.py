@@ -22,6 +22,7 @@ def published_attention(
     scale: float | None = None,
     causal: bool = False,
     window: int | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     q = torch.stack(w.chunk(heads, dim=-1), dim=1)
     dots = torch.matmul(q, q.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -32,7 +33,8 @@ def published_attention(
         n = w.shape[1]
         near = torch.ones(n, n, device=w.device, dtype=torch.bool).triu(-window).tril(window)
         dots = dots.masked_fill(~near, float("-inf"))
-    return torch.cat(torch.matmul(torch.softmax(dots, dim=-1), q).unbind(1), dim=-1)
+    p = torch.softmax(dots, dim=-1)
+    return torch.cat(torch.matmul(p if keep is None else p * keep, q).unbind(1), dim=-1)
 
 
 def attention_by_sequence(
@@ -88,6 +90,27 @@ def published_mssa(
 ) -> Tensor:
     o = published_attention(F.linear(x, w_qkv), heads=heads, scale=scale, causal=causal)
     return o if w_out is None else F.linear(o, w_out, b_out)
+
+
+def published_rotary(
+    w: Tensor, cos: Tensor, sin: Tensor, *, heads: int, norm_eps: float | None = None
+) -> Tensor:
+    """Rotation, then norm, as nanochat-crate has them; its tables are (1, N, 1, head_dim/2)."""
+    x = w.unflatten(-1, (heads, -1))
+    half = x.shape[-1] // 2
+    cos, sin = (t[None, :, None].to(w.dtype) for t in (cos, sin))
+    a, b = x[..., :half], x[..., half:]
+    y = torch.cat([a * cos + b * sin, a * -sin + b * cos], -1).view(x.shape)
+    if norm_eps is not None:
+        y = F.rms_norm(y, (y.shape[-1],), eps=norm_eps)
+    return y.flatten(-2)
+
+
+def angles(n: int, head_dim: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, head_dim/2) in float64 of the usual frequencies."""
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turned = torch.outer(torch.arange(start, start + n, dtype=torch.float64), frequencies)
+    return turned.cos(), turned.sin()
 
 
 def published_ista(

@@ -60,12 +60,27 @@ def test_opcheck_tied_attention_masked(dtype):
     for shape, sequences in [((2, 6, 8), [6, 0]), ((2, 6, 8), None), ((9, 8), [0, 2, 2, 9])]:
         w, do = torch.randn(2, *shape).to(dtype)
         given = None if sequences is None else torch.tensor(sequences, dtype=torch.int32)
-        rest = (2, 0.5, True, 7, 3, "reference")
+        seed = torch.tensor([5]) if given is None else None
+        rest = (seed, 2, 0.5, True, 7, 3, 0.0 if seed is None else 0.3, "reference")
         for requires_grad in (False, True):
             leaf = w.clone().requires_grad_(requires_grad)
             torch.library.opcheck(OPS.tied_attention_masked, (leaf, given, *rest))
         saved = (do, w, *OPS.tied_attention_masked(w, given, *rest), given)
         torch.library.opcheck(OPS.tied_attention_masked_backward, (*saved, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+def test_opcheck_tied_rotary(dtype, norm_eps):
+    cos, sin = torch.randn(2, 6, 2).to(torch.bfloat16)
+    for shape in [(2, 6, 8), (6, 8)]:
+        w, dy = torch.randn(2, *shape).to(dtype)
+        torch.library.opcheck(
+            OPS.tied_rotary, (w.clone().requires_grad_(), cos, sin, 2, norm_eps, "reference")
+        )
+        y, rstd = OPS.tied_rotary(w, cos, sin, 2, norm_eps, "reference")
+        saved = (dy, None if norm_eps is None else y, rstd, cos, sin, 2, "reference")
+        torch.library.opcheck(OPS.tied_rotary_backward, saved)
 
 
 @pytest.mark.parametrize(("x_dtype", "c_dtype"), [("float32",) * 2, ("float32", "bfloat16")])
@@ -181,6 +196,8 @@ def test_every_registered_op_is_checked_above():
             "tied_attention_masked",
             "tied_attention_masked_backward",
             "tied_attention_decode",
+            "tied_rotary",
+            "tied_rotary_backward",
             "ista",
             "ista_backward",
             "ista_apply",

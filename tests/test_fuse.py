@@ -243,10 +243,11 @@ def test_dropout_is_noted_and_kept():
     fused = copy.deepcopy(plain)
     report = fuse(fused)
     assert {layer.reason for layer in report.replaced if layer.kind == "MSSA"} == {
-        "dropout 0.5: runs unfused while training"
+        "dropout 0.5: while training runs on Triton or unfused"
     }
-    assert "note: 2 MSSA: dropout 0.5: runs unfused while training (0.attn and 1 more)" in str(
-        report
+    assert (
+        "note: 2 MSSA: dropout 0.5: while training runs on Triton or unfused (0.attn and 1 more)"
+        in str(report)
     )
     for mode in (True, False):
         torch.manual_seed(2)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     HALVES,
     assert_as_close_as_plain,
@@ -13,12 +14,15 @@ from helpers import (
     attention_by_sequence,
     mssa_by_sequence,
     mssa_inputs,
+    published_attention,
     results,
 )
 from test_mssa import Elsewhere, strided
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from crate_kernels import (
+    Explanation,
     explain,
     mssa,
     mssa_reference,
@@ -28,7 +32,9 @@ from crate_kernels import (
     tied_attention_reference_backward,
 )
 from crate_kernels.mssa import torch_kernels
+from crate_kernels.mssa.dropout import kept, philox
 from crate_kernels.mssa.masks import Mask
+from crate_kernels.nn import MSSA, layers
 
 LENGTHS = (5, 0, 7, 1)
 WINDOWS = (None, 0, 2, 100)
@@ -250,11 +256,11 @@ def test_any_packing_with_one_graph():
 def test_explain_says_what_cuda_lacks():
     w = torch.randn(4, 7, 8)
     against = explain("tied_attention", w, heads=2, window=3, **padded()).reasons["cuda"]
-    assert "lengths: CUDA kernels have no such option" in against
-    assert "window: CUDA kernels have no such option" in against
+    assert "lengths: the CUDA kernels do not have it" in against
+    assert "window: the CUDA kernels do not have it" in against
     x = torch.randn(13, 8)
     found = explain("mssa", x, torch.randn(8, 8), heads=2, **packed())
-    assert "cu_seqlens: CUDA kernels have no such option" in found.reasons["cuda"]
+    assert "cu_seqlens: the CUDA kernels do not have it" in found.reasons["cuda"]
 
 
 W3, W2 = torch.randn(4, 7, 8), torch.randn(13, 8)
@@ -303,3 +309,170 @@ def test_packed_mssa_checks_its_tokens():
         mssa(torch.randn(13, 7), torch.randn(8, 8), heads=2, **packed())
     with pytest.raises(ValueError, match=r"mssa: expected packed x"):
         mssa(torch.randn(1, 13, 8), torch.randn(8, 8), heads=2, **packed())
+
+
+# ---- dropout
+
+
+def test_philox_gives_its_published_words():
+    """The known answers of Random123 for philox4x32 with 7 rounds."""
+    zero, ones = torch.tensor(0), torch.tensor(0xFFFFFFFF)
+    for seed, counter, want in [
+        (zero, zero, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (torch.tensor(-1), ones, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    ]:
+        assert tuple(int(word) for word in philox(seed, (counter,) * 4)) == want
+
+
+def test_dropped_weights_are_as_many_as_asked_for_and_independent():
+    n, heads = 64, torch.arange(12).view(3, 4)
+    for dropout in (0.1, 0.5, 0.9):
+        keep = kept(n, heads, dropout, torch.tensor([11])).double()
+        spread = (dropout * (1 - dropout)) ** 0.5
+        z = (keep - (1 - dropout)) / spread  # mean 0, variance 1
+        assert abs(z.mean()) < 4 * z.numel() ** -0.5
+        assert (z.mean((-1, -2)).abs() < 4.5 / n).all(), "in every head"
+        assert (z.mean(-1).abs() < 5 * n**-0.5).all() and (z.mean(-2).abs() < 5 * n**-0.5).all()
+        flat = z.flatten(0, 1).flatten(1)
+        between = (flat @ flat.T / flat.shape[1]).fill_diagonal_(0)
+        assert between.abs().max() < 4.5 / n, "between heads"
+        for other in (z.mT, z.roll(1, -1), z.roll(1, -2)):
+            pairs = (z * other).flatten(2)
+            off_diagonal = ~torch.eye(n, dtype=torch.bool).flatten()
+            assert abs(pairs[..., off_diagonal].mean()) < 4.5 * pairs.numel() ** -0.5
+        again = kept(n, heads, dropout, torch.tensor([12])).double()
+        assert abs((z * (again - (1 - dropout)) / spread).mean()) < 4.5 * z.numel() ** -0.5
+
+
+def test_what_is_kept_does_not_depend_on_n():
+    """Padded and packed sequences of any length in a batch drop alike."""
+    heads, seed = torch.tensor([3]), torch.tensor([-5])
+    small, large = (kept(n, heads, 0.4, seed) for n in (9, 30))
+    assert torch.equal(small, large[:, :9, :9])
+    w, do = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    past = torch.arange(7) >= padded()["lengths"][:, None]
+    options = {"heads": 2, "dropout": 0.4, "seed": 5}
+    one = results(tied_attention, {"w": w}, do, **options, **padded())
+    two = results(tied_attention, {"w": w[~past]}, do[~past], **options, **packed())
+    assert_equal_results({name: t[~past] for name, t in one.items()}, two, "packed")
+
+
+@pytest.mark.parametrize("masks", [{}, {"causal": True, "window": 2}, padded((3, 4))])
+def test_dropout_and_its_gradients_given_the_weights_to_keep(masks):
+    w, do = torch.randn(2, 2, 4, 6, dtype=torch.float64)
+    options = {"heads": 2, "dropout": 0.3, "seed": 3}
+    if "lengths" in masks:
+        want = results(tied_attention_reference, {"w": w}, do, **options, **masks)
+    else:
+        keep = kept(4, torch.arange(4).view(2, 2), 0.3, torch.tensor(3)).double() / 0.7
+        want = results(published_attention, {"w": w}, do, heads=2, keep=keep, **masks)
+    got = results(tied_attention, {"w": w}, do, **options, **masks)
+    assert_equal_results(got, want, masks)
+    dw = tied_attention_reference_backward(do, w, **options, **masks)
+    assert_equal_results({"y": want["y"], "dw": dw}, want, masks)
+    leaf = w.clone().requires_grad_()
+    for function in (tied_attention, tied_attention_reference):
+        assert torch.autograd.gradcheck(lambda w, f=function: f(w, **options, **masks), leaf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_dropout_is_as_close_as_plain_pytorch(dtype):
+    w, do = torch.randn(2, 2, 40, 48).to(dtype)
+    keep = kept(40, torch.arange(6).view(2, 3), 0.2, torch.tensor(9)) / 0.8
+    options = {"heads": 3, "dropout": 0.2, "seed": 9}
+    got = results(tied_attention, {"w": w}, do, **options)
+
+    def given(w):
+        return published_attention(w, heads=3, keep=keep.to(w.dtype))
+
+    plain = results(given, {"w": w}, do)
+    exact = results(
+        lambda w: published_attention(w, heads=3, keep=keep.double().mul(0.8).round() / 0.8),
+        {"w": w},
+        do,
+        torch.float64,
+    )
+    assert_as_close_as_plain(got, plain, exact)
+
+
+def test_seeds():
+    w = torch.randn(2, 5, 8, requires_grad=True)
+
+    def run(**options):
+        return tied_attention(w, heads=2, dropout=0.5, **options)
+
+    assert torch.equal(run(seed=4), run(seed=torch.tensor([4])))
+    assert torch.equal(run(seed=4), run(seed=torch.tensor(4)))
+    assert not torch.equal(run(seed=4), run(seed=4 + 2**40))
+    torch.manual_seed(1)
+    first, second = run(), run()
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(run(), first)
+    assert torch.equal(tied_attention(w, heads=2, dropout=0.0, seed=4), tied_attention(w, heads=2))
+    torch.manual_seed(2)
+    again = checkpoint(run, use_reentrant=False)
+    (dw,) = torch.autograd.grad(again.sum(), w)
+    torch.manual_seed(2)
+    (want,) = torch.autograd.grad(run().sum(), w)
+    assert torch.equal(dw, want)
+
+
+def test_a_seed_changed_before_the_backward_is_found_out():
+    seed = torch.tensor([4])
+    w = torch.randn(2, 5, 8, requires_grad=True)
+    o = tied_attention(w, heads=2, dropout=0.5, seed=seed)
+    seed += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+def test_dropout_compiles():
+    compiled = torch.compile(tied_attention, fullgraph=True, backend="aot_eager")
+    w, do = torch.randn(2, 2, 5, 8, dtype=torch.float64)
+    options = {"heads": 2, "dropout": 0.3, "seed": torch.tensor([3])}
+    want = results(tied_attention, {"w": w}, do, **options)
+    assert_equal_results(results(compiled, {"w": w}, do, **options), want, "seed")
+    drawn = compiled(w, heads=2, dropout=0.3)
+    assert not torch.equal(drawn, compiled(w, heads=2, dropout=0.3))
+
+
+def test_layer_drops_inside_the_kernel_where_there_is_one(monkeypatch):
+    """In training the fused layer calls the op, with torch's dropout after the projection."""
+    layer = MSSA(12, heads=3, dim_head=4, dropout=0.3).train()
+    monkeypatch.setattr(layers, "explain", lambda *args: Explanation("mssa", "triton", {}))
+    x = torch.randn(2, 5, 12)
+    torch.manual_seed(5)
+    y = layer(x)
+    torch.manual_seed(5)
+    out = layer.to_out[0]
+    weights = (layer.qkv.weight, out.weight, out.bias)
+    want = F.dropout(mssa(x, *weights, heads=3, dropout=0.3), 0.3)
+    assert torch.equal(y, want) and (y == 0).any()
+    layer.eval()
+    assert torch.equal(layer(x), mssa(x, *weights, heads=3))
+
+
+DROPOUT_REFUSED = {
+    "one": ({"dropout": 1.0}, ValueError, "dropout < 1, got 1.0"),
+    "negative": ({"dropout": -0.1}, ValueError, "dropout to be finite and >= 0"),
+    "a bool": ({"dropout": True}, TypeError, "dropout to be a float"),
+    "seed a float": ({"dropout": 0.1, "seed": 1.0}, TypeError, "seed to be an int or a torch"),
+    "seed of 65 bits": ({"dropout": 0.1, "seed": 2**63}, ValueError, "seed of 64 bits"),
+    "two seeds": ({"dropout": 0.1, "seed": torch.tensor([1, 2])}, ValueError, r"one int64.*\(2,\)"),
+    "int32 seed": ({"seed": torch.tensor([1]).int()}, ValueError, "one int64 on cpu.*int32"),
+}
+
+
+@pytest.mark.parametrize("case", DROPOUT_REFUSED)
+def test_dropout_refused(case):
+    options, error, match = DROPOUT_REFUSED[case]
+    with pytest.raises(error, match=match):
+        tied_attention(W3, heads=2, **options)
+    with pytest.raises(ValueError, match="expected a seed with dropout"):
+        tied_attention_reference(W3, heads=2, dropout=0.1)
+
+
+def test_explain_says_that_cuda_lacks_dropout():
+    reasons = explain("tied_attention", W3, heads=2, dropout=0.1).reasons
+    assert "dropout: the CUDA kernels do not have it" in reasons["cuda"]

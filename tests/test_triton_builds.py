@@ -23,6 +23,7 @@ from crate_kernels.mssa import triton_kernels as mssa_kernels
 from crate_kernels.mssa.masks import Mask
 from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kernels
 from crate_kernels.patch_embedding import triton_kernels as stem_kernels
+from crate_kernels.rotary import triton_kernels as rotary_kernels
 
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="nothing is compiled there")
 
@@ -57,6 +58,7 @@ MASKS = {
     "packed": Mask(torch.empty(3, dtype=torch.int64, device="meta"), 512),
     "window": Mask(window=128),
     "packed, window": Mask(torch.empty(3, dtype=torch.int32, device="meta"), 4096, 64),
+    "dropout": Mask(dropout=0.1, seed=torch.empty(1, dtype=torch.int64, device="meta")),
 }
 
 
@@ -150,15 +152,22 @@ def test_tied_attention_builds(capability, dtype, head_dim, causal):
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("mask", MASKS)
 def test_masked_attention_builds(capability, mask):
-    for dtype, head_dim, n, causal in [
-        (torch.bfloat16, 64, 197, False),
-        (torch.bfloat16, 64, 512, True),
-        (torch.float32, 48, 512, False),
-    ]:
-        with builds_for(capability) as builds:
-            launch_masked(dtype, head_dim, n, causal, MASKS[mask])
-        check(builds, capability)
-        assert len(builds) == 3
+    with builds_for(capability) as builds:
+        launch_masked(torch.bfloat16, 64, 512, mask != "packed", MASKS[mask])
+    check(builds, capability)
+    assert len(builds) == 3
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_tied_rotary_builds(capability):
+    cos = meta(37, 64, dtype=torch.bfloat16)
+    with builds_for(capability) as builds:
+        for norm_eps in (None, 1e-6):
+            w = meta(2, 37, 3 * 128, dtype=torch.bfloat16)
+            y, rstd = rotary_kernels.forward(w, cos, cos, 3, norm_eps)
+            rotary_kernels.backward(w, None if norm_eps is None else y, rstd, cos, cos, 3)
+    check(builds, capability)
+    assert len(builds) == 4
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

@@ -56,7 +56,7 @@ class TimmCRATE(CRATE):
             VisionTransformer; heads are embed_dim / num_heads wide. num_classes 0: no classifier.
         global_pool: "token" or "avg".
         drop_rate: dropout before the classifier.
-        attn_drop_rate: dropout inside the attention, which then runs unfused while training.
+        attn_drop_rate: dropout inside the attention; while training it runs on Triton or unfused.
         pos_drop_rate: dropout on the embedded tokens.
         step_size, lambd: of ISTA.
         fused: run the layers on this library's ops (:func:`crate_kernels.fuse`).

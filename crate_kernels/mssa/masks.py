@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import refuse
+from ..checks import check_number, refuse
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,15 @@ class Mask:
     sequences: of w (B, N, ...) the lengths (B,), or None for N throughout; of packed w (T, ...)
         the cumulative lengths (S+1,), no sequence longer than ``longest``.
     window: token i sees the tokens j with abs(i - j) <= window; None sees all.
+    dropout, seed: which share of the attention weights is dropped, and the int64 (1,) that says
+        which ones (dropout.py); None drops none.
     """
 
     sequences: Tensor | None = None
     longest: int = 0
     window: int | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
 
 
 FULL = Mask()
@@ -40,12 +44,22 @@ def lse_shape(w: Tensor, heads: int) -> tuple[int, ...]:
 
 
 def check_masks(
-    op: str, x: Tensor, lengths: Any, cu_seqlens: Any, max_seqlen: Any, window: Any
+    op: str,
+    x: Tensor,
+    lengths: Any,
+    cu_seqlens: Any,
+    max_seqlen: Any,
+    window: Any,
+    dropout: Any,
+    seed: Any,
 ) -> tuple[str, ...]:
     """The names of the options in use; x is (B, N, ...) or, with cu_seqlens, (T, ...)."""
-    if lengths is None and cu_seqlens is None and max_seqlen is None and window is None:
-        return ()
-    used = []
+    check_number(op, "dropout", dropout)
+    if dropout >= 1:
+        refuse(op, "dropout < 1", dropout)
+    used = ["dropout"] if dropout > 0 else []
+    if seed is not None:
+        _check_seed(op, seed, x)
     if lengths is not None and cu_seqlens is not None:
         refuse(op, "either lengths or cu_seqlens", "both")
     if lengths is not None:
@@ -65,6 +79,17 @@ def check_masks(
         used.append("window")
         _check_count(op, "window", window)
     return tuple(used)
+
+
+def _check_seed(op: str, seed: Any, x: Tensor) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            got = f"{tuple(seed.shape)}, {seed.dtype}, {seed.device}"
+            refuse(op, f"a seed tensor of one int64 on {x.device}", got)
+    elif not isinstance(seed, int) or isinstance(seed, bool):
+        refuse(op, "seed to be an int or a torch.Tensor", type(seed).__name__, TypeError)
+    elif not -(2**63) <= seed < 2**63:
+        refuse(op, "seed of 64 bits", seed)
 
 
 def _check_integers(op: str, name: str, t: Any, x: Tensor) -> None:

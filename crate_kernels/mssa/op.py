@@ -18,6 +18,7 @@ from .. import backends
 from ..checks import check_heads, check_number, check_tensors, refuse
 from ..library import autocast_dtype, define, define_gradient
 from . import torch_kernels
+from .dropout import seed_tensor
 from .masks import Mask, beyond, check_masks, lse_shape
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -36,6 +37,8 @@ def mssa(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: int | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""One multi-head subspace self-attention step, without norm and residual.
@@ -60,6 +63,10 @@ def mssa(
             sequences, the s-th in the rows cu_seqlens[s] to cu_seqlens[s+1]-1, each by itself.
         max_seqlen: with cu_seqlens, the length of the longest sequence, or more.
         window: token i sees only tokens j with abs(i - j) <= window.
+        dropout: probability, below 1, that a weight of a softmax is dropped; the others grow by
+            1 / (1 - dropout). Not for evaluation: there is no training flag here.
+        seed: the int64 that decides which ones, or a tensor of one on x's device (which a
+            captured CUDA graph reads anew); None draws one from torch's generator.
         backend: "auto", "cuda", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
     Returns:
@@ -81,12 +88,13 @@ def mssa(
     """
     _check_mssa(x, w_qkv, w_out, b_out, heads, cu_seqlens)
     _check_options("mssa", scale, causal)
-    options = check_masks("mssa", x, lengths, cu_seqlens, max_seqlen, window)
+    options = check_masks("mssa", x, lengths, cu_seqlens, max_seqlen, window, dropout, seed)
     head_dim = w_qkv.shape[0] // heads
     backend = backends.choose("mssa", backend, x, autocast_dtype(x), head_dim, options)
     w = F.linear(x, w_qkv)
     sequences = lengths if cu_seqlens is None else cu_seqlens
-    o = _attend(w, heads, scale, causal, sequences, max_seqlen, window, backend)
+    masks = (sequences, max_seqlen, window, dropout, seed)
+    o = _attend(w, heads, scale, causal, *masks, backend)
     if w_out is None:
         return o
     y = F.linear(o, w_out, b_out)
@@ -105,6 +113,8 @@ def tied_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: int | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Attention whose query, key and value are one tensor: the core of :func:`mssa`.
@@ -123,12 +133,15 @@ def tied_attention(
     """
     _check_core(w, heads, cu_seqlens)
     _check_options("tied_attention", scale, causal)
-    options = check_masks("tied_attention", w, lengths, cu_seqlens, max_seqlen, window)
+    options = check_masks(
+        "tied_attention", w, lengths, cu_seqlens, max_seqlen, window, dropout, seed
+    )
     w = w.to(autocast_dtype(w))
     head_dim = w.shape[-1] // heads
     backend = backends.choose("tied_attention", backend, w, w.dtype, head_dim, options)
     sequences = lengths if cu_seqlens is None else cu_seqlens
-    return _attend(w, heads, scale, causal, sequences, max_seqlen, window, backend)
+    masks = (sequences, max_seqlen, window, dropout, seed)
+    return _attend(w, heads, scale, causal, *masks, backend)
 
 
 def _attend(
@@ -139,15 +152,18 @@ def _attend(
     sequences: Tensor | None,
     longest: int | None,
     window: int | None,
+    dropout: float,
+    seed: int | Tensor | None,
     backend: str,
 ) -> Tensor:
     scale = (w.shape[-1] // heads) ** -0.5 if scale is None else float(scale)
     ops = torch.ops.crate_kernels
-    if sequences is None and window is None:
+    if sequences is None and window is None and dropout == 0:
         o, _ = ops.tied_attention(w, heads, scale, causal, backend)
     else:
-        options = (heads, scale, causal, longest or 0, window, backend)
-        o, _ = ops.tied_attention_masked(w, sequences, *options)
+        drawn = None if dropout == 0 else seed_tensor(seed, w.device)
+        options = (heads, scale, causal, longest or 0, window, float(dropout), backend)
+        o, _ = ops.tied_attention_masked(w, sequences, drawn, *options)
     return o
 
 
@@ -164,11 +180,13 @@ def explain_mssa(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: int | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> backends.Explanation:
     """Which backends fit these arguments of :func:`mssa`, and why the others do not."""
     _check_mssa(x, w_qkv, w_out, b_out, heads, cu_seqlens)
     _check_options("mssa", scale, causal)
-    options = check_masks("mssa", x, lengths, cu_seqlens, max_seqlen, window)
+    options = check_masks("mssa", x, lengths, cu_seqlens, max_seqlen, window, dropout, seed)
     return backends.explain("mssa", x, autocast_dtype(x), w_qkv.shape[0] // heads, options)
 
 
@@ -182,11 +200,15 @@ def explain_tied_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: int | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> backends.Explanation:
     """Which backends fit these arguments of :func:`tied_attention`, and why the others do not."""
     _check_core(w, heads, cu_seqlens)
     _check_options("tied_attention", scale, causal)
-    options = check_masks("tied_attention", w, lengths, cu_seqlens, max_seqlen, window)
+    options = check_masks(
+        "tied_attention", w, lengths, cu_seqlens, max_seqlen, window, dropout, seed
+    )
     return backends.explain("tied_attention", w, autocast_dtype(w), w.shape[-1] // heads, options)
 
 
@@ -310,25 +332,27 @@ define(
 define_gradient("tied_attention", _gradient, _save)
 
 
-# ---- registration: crate_kernels::tied_attention_masked, with sequences or a window
+# ---- registration: crate_kernels::tied_attention_masked, with sequences, a window or dropout
 
 
 def _masked_forward(
     w: Tensor,
     sequences: Tensor | None,
+    seed: Tensor | None,
     heads: int,
     scale: float,
     causal: bool,
     longest: int,
     window: int | None,
+    dropout: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = Mask(sequences, longest, window)
+    mask = Mask(sequences, longest, window, dropout, seed)
     return _kernels(backend).forward(w, heads, scale, causal, mask)
 
 
 def _masked_forward_fake(
-    w: Tensor, sequences: Tensor | None, heads: int, *rest: Any
+    w: Tensor, sequences: Tensor | None, seed: Tensor | None, heads: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     lse = w.new_empty(lse_shape(w, heads), dtype=torch_kernels.lse_dtype(w))
     return w.new_empty(w.shape), lse
@@ -340,40 +364,44 @@ def _masked_backward(
     o: Tensor,
     lse: Tensor,
     sequences: Tensor | None,
+    seed: Tensor | None,
     heads: int,
     scale: float,
     causal: bool,
     longest: int,
     window: int | None,
+    dropout: float,
     backend: str,
 ) -> Tensor:
-    mask = Mask(sequences, longest, window)
+    mask = Mask(sequences, longest, window, dropout, seed)
     return _kernels(backend).backward(do, w, o, lse, heads, scale, causal, mask)
 
 
 def _masked_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    w, sequences, *ctx.options = inputs
-    ctx.save_for_backward(w, *output, sequences)
+    w, sequences, seed, *ctx.options = inputs
+    ctx.save_for_backward(w, *output, sequences, seed)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _masked_gradient(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _masked_gradient(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None:
-        return (None,) * 8
+        return (None,) * 10
     saved = (do, *ctx.saved_tensors, *ctx.options)
-    return torch.ops.crate_kernels.tied_attention_masked_backward(*saved), *(None,) * 7
+    return torch.ops.crate_kernels.tied_attention_masked_backward(*saved), *(None,) * 9
 
 
 define(
-    "tied_attention_masked(Tensor w, Tensor? sequences, int heads, float scale, bool causal,"
-    " SymInt longest, SymInt? window, str backend) -> (Tensor o, Tensor lse)",
+    "tied_attention_masked(Tensor w, Tensor? sequences, Tensor? seed, int heads, float scale,"
+    " bool causal, SymInt longest, SymInt? window, float dropout, str backend)"
+    " -> (Tensor o, Tensor lse)",
     _masked_forward,
     _masked_forward_fake,
 )
 define(
     "tied_attention_masked_backward(Tensor do, Tensor w, Tensor o, Tensor lse, Tensor? sequences,"
-    " int heads, float scale, bool causal, SymInt longest, SymInt? window, str backend) -> Tensor",
+    " Tensor? seed, int heads, float scale, bool causal, SymInt longest, SymInt? window,"
+    " float dropout, str backend) -> Tensor",
     _masked_backward,
     _backward_fake,
 )

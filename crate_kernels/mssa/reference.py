@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dropout import kept, seed_tensor
 from .masks import beyond, by_sequence, hidden
 
 
@@ -36,17 +37,32 @@ def subspace_attention(
 
 
 def subspace_attention_backward(
-    doh: Tensor, wh: Tensor, scale: float, hidden: Tensor | None = None
+    doh: Tensor,
+    wh: Tensor,
+    scale: float,
+    hidden: Tensor | None = None,
+    keep: Tensor | float = 1.0,
 ) -> Tensor:
-    """Gradient of ``subspace_attention(wh, ...)[0] @ wh``; everything (..., N, head_dim).
+    """Gradient of ``(P * keep) w``, P = subspace_attention(wh, ...)[0]; all (..., N, head_dim).
 
-    ``dP = dO w^T``, ``dS = P * (dP - rowsum(P * dP))``,
-    ``dw = P^T dO + scale (dS + dS^T) w``: w is query, key and value at once.
+    ``dP = keep * dO w^T``, ``dS = P * (dP - rowsum(P * dP))``,
+    ``dw = (keep * P)^T dO + scale (dS + dS^T) w``: w is query, key and value at once.
     """
     p, _ = subspace_attention(wh, scale, hidden)
-    dp = doh @ wh.mT
+    dp = keep * (doh @ wh.mT)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    return p.mT @ doh + scale * (ds + ds.mT) @ wh
+    return (keep * p).mT @ doh + scale * (ds + ds.mT) @ wh
+
+
+def keep_factor(wh: Tensor, dropout: float, seed: int | Tensor | None) -> Tensor | float:
+    """(B, heads, N, N): 1 / (1 - dropout) where it keeps P, else 0; 1 without dropout."""
+    if dropout == 0:
+        return 1.0
+    if seed is None:
+        raise ValueError("tied_attention_reference: expected a seed with dropout, got None")
+    heads = torch.arange(wh.shape[0] * wh.shape[1], device=wh.device).view(wh.shape[:2])
+    kept_ = kept(wh.shape[2], heads, dropout, seed_tensor(seed, wh.device))
+    return kept_.to(wh.dtype) / (1 - dropout)
 
 
 def tied_attention_reference(
@@ -59,17 +75,20 @@ def tied_attention_reference(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: int | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """``o_h = softmax(scale w_h w_h^T) w_h`` for each head h, differentiable by autograd.
 
-    Shapes, dtypes and masks as in :func:`crate_kernels.tied_attention`, float64 included.
+    Shapes, dtypes and options as in :func:`crate_kernels.tied_attention`, float64 included; the
+    same seed drops the same weights.
     """
 
     def attend(w: Tensor, lengths: Tensor | None) -> tuple[Tensor]:
         wh = split_heads(w, heads)
         unseen = hidden(w.shape[1], causal, window, lengths, w.device)
         p, _ = subspace_attention(wh, default_scale(wh, scale), unseen)
-        return (merge_heads(p @ wh),)
+        return (merge_heads((keep_factor(wh, dropout, seed) * p) @ wh),)
 
     sequences = lengths if cu_seqlens is None else cu_seqlens
     return by_sequence(attend, [w], sequences, max_seqlen)[0]
@@ -86,16 +105,19 @@ def tied_attention_reference_backward(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: int | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """Gradient of :func:`tied_attention_reference`: ``do`` and the result are shaped as ``w``.
 
-    By :func:`subspace_attention_backward`, each row seeing what it saw.
+    By :func:`subspace_attention_backward`, each row seeing what it saw, the same weights dropped.
     """
 
     def attend_backward(do: Tensor, w: Tensor, lengths: Tensor | None) -> tuple[Tensor]:
         doh, wh = split_heads(do, heads), split_heads(w, heads)
         unseen = hidden(w.shape[1], causal, window, lengths, w.device)
-        dwh = subspace_attention_backward(doh, wh, default_scale(wh, scale), unseen)
+        keep = keep_factor(wh, dropout, seed)
+        dwh = subspace_attention_backward(doh, wh, default_scale(wh, scale), unseen, keep)
         return (merge_heads(dwh),)
 
     sequences = lengths if cu_seqlens is None else cu_seqlens

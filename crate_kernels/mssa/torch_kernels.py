@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dropout import kept
 from .masks import FULL, Mask, beyond, by_sequence, check_values, hidden
 from .reference import (
     merge_heads,
@@ -30,7 +31,7 @@ def forward(
     """
 
     def rows_first(w: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        o, lse = _forward(w, heads, scale, causal, mask.window, lengths)
+        o, lse = _forward(w, heads, scale, causal, mask, lengths)
         return o, lse.mT
 
     check_values(w, mask)
@@ -55,30 +56,31 @@ def backward(
     def rows_first(
         do: Tensor, w: Tensor, o: Tensor, lse: Tensor, lengths: Tensor | None
     ) -> tuple[Tensor]:
-        return (_backward(do, w, o, lse.mT, heads, scale, causal, mask.window, lengths),)
+        return (_backward(do, w, o, lse.mT, heads, scale, causal, mask, lengths),)
 
     tensors = [do, w, o, lse.mT]
     return by_sequence(rows_first, tensors, mask.sequences, mask.longest)[0].contiguous()
 
 
 def _forward(
-    w: Tensor, heads: int, scale: float, causal: bool, window: int | None, lengths: Tensor | None
+    w: Tensor, heads: int, scale: float, causal: bool, mask: Mask, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, n, _ = w.shape
     wh = split_heads(w.contiguous(), heads)
-    on_cpu = w.device.type == "cpu"
-    if on_cpu and batch > 0 and window is None and lengths is None:
+    on_cpu = w.device.type == "cpu" and mask.seed is None  # by the kernels behind SDPA
+    if on_cpu and batch > 0 and mask.window is None and lengths is None:
         o, lse = _cpu_forward(wh, causal, scale)
         return merge_heads(o), lse.to(lse_dtype(w))
     o = torch.empty_like(wh, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, heads, n, dtype=lse_dtype(w), device=w.device)
-    for rows in _steps(batch, heads, n):
+    for rows in _steps(batch, heads, n, mask):
         part = wh[rows]
-        unseen = hidden(n, causal, window, _of(rows, lengths), w.device)
+        unseen = hidden(n, causal, mask.window, _of(rows, lengths), w.device)
         if on_cpu:
             o[rows], lse[rows] = _cpu_forward(part, False, scale, _additive(unseen, w))
         else:
             p, lse[rows] = subspace_attention(part.to(lse.dtype), scale, unseen)
+            p = p * _keep(rows, batch, heads, n, mask, lse)
             o[rows] = (p @ part.to(lse.dtype)).to(w.dtype)
     return merge_heads(o), lse
 
@@ -91,23 +93,24 @@ def _backward(
     heads: int,
     scale: float,
     causal: bool,
-    window: int | None,
+    mask: Mask,
     lengths: Tensor | None,
 ) -> Tensor:
     batch, n, _ = w.shape
     wh, doh, oh = (split_heads(t, heads) for t in (w.contiguous(), do.contiguous(), o))
-    on_cpu = w.device.type == "cpu"
-    if on_cpu and batch > 0 and window is None and lengths is None:
+    on_cpu = w.device.type == "cpu" and mask.seed is None  # by the kernels behind SDPA
+    if on_cpu and batch > 0 and mask.window is None and lengths is None:
         return merge_heads(_cpu_backward(doh, wh, oh, lse, causal, scale))
     dwh = torch.empty_like(wh, memory_format=torch.contiguous_format)
-    for rows in _steps(batch, heads, n):
-        unseen = hidden(n, causal, window, _of(rows, lengths), w.device)
+    for rows in _steps(batch, heads, n, mask):
+        unseen = hidden(n, causal, mask.window, _of(rows, lengths), w.device)
         if on_cpu:
             saved = (doh[rows], wh[rows], oh[rows], lse[rows])
             dwh[rows] = _cpu_backward(*saved, False, scale, _additive(unseen, w))
         else:
             doh_, wh_ = doh[rows].to(lse.dtype), wh[rows].to(lse.dtype)
-            dwh[rows] = subspace_attention_backward(doh_, wh_, scale, unseen).to(w.dtype)
+            keep = _keep(rows, batch, heads, n, mask, lse)
+            dwh[rows] = subspace_attention_backward(doh_, wh_, scale, unseen, keep).to(w.dtype)
     return merge_heads(dwh)
 
 
@@ -134,6 +137,16 @@ def _cpu_backward(
     return dq.add_(dk).add_(dv)
 
 
+def _keep(
+    rows: tuple[slice, slice], batch: int, heads: int, n: int, mask: Mask, like: Tensor
+) -> Tensor | float:
+    """What dropout multiplies P by in these heads, in the dtype of ``like``."""
+    if mask.seed is None:
+        return 1.0
+    numbers = torch.arange(batch * heads, device=like.device).view(batch, heads)[rows]
+    return kept(n, numbers, mask.dropout, mask.seed).to(like.dtype) / (1 - mask.dropout)
+
+
 def _of(rows: tuple[slice, slice], lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths[rows[0]]
 
@@ -145,9 +158,13 @@ def _additive(unseen: Tensor | None, w: Tensor) -> Tensor | None:
     return torch.zeros(unseen.shape, dtype=w.dtype).masked_fill_(unseen, float("-inf"))
 
 
-def _steps(batch: int, heads: int, n: int) -> list[tuple[slice, slice]]:
-    """Slices over (batch, heads) that keep each step's scores under MAX_SCORES."""
-    per_step = max(1, MAX_SCORES // max(1, n * n))
+def _steps(batch: int, heads: int, n: int, mask: Mask = FULL) -> list[tuple[slice, slice]]:
+    """Slices over (batch, heads) that keep each step's scores under MAX_SCORES.
+
+    Under an eighth of it with dropout, whose random bits are several tensors of 64 bits.
+    """
+    scores = MAX_SCORES if mask.seed is None else MAX_SCORES // 8
+    per_step = max(1, scores // max(1, n * n))
     if per_step >= heads:
         images = per_step // heads
         return [(slice(b, b + images), slice(None)) for b in range(0, batch, images)]

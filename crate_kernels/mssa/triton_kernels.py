@@ -9,9 +9,8 @@ i's): the backward is one loop over i, no atomics. Rows past the end load as zer
 inf, which makes every term they touch zero. Only loaded operands are transposed, never an
 accumulator (docs/hazards.md).
 
-LAYOUT says how sequences lie in w: "equal", all of N rows; "padded", N rows of which item b uses
-SEQUENCES[b]; "packed" one after the other in (T, heads*head_dim), sequence b from row SEQUENCES[b]
-on, N the longest. A program whose tile is past its sequence's end returns (docs/mssa_masks.md).
+How sequences lie (LAYOUT) is in triton_rows.py; a program whose tile is past its sequence's end
+returns. With a window, tiles outside it are not visited (docs/mssa_masks.md).
 """
 
 from __future__ import annotations
@@ -25,9 +24,18 @@ from torch import Tensor
 
 from ..library import on_device_of
 from ..triton_common import dot, dot_precision
+from .dropout import threshold
 from .masks import FULL, Mask, lse_shape
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from .triton_dropout import dropped, grown
+from .triton_rows import (
+    LOG2E,
+    head_base,
+    load_rows,
+    sequence,
+    statistics,
+    store_lse,
+    store_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,17 @@ def forward_config(dtype: torch.dtype, head_dim: int, n: int) -> TileConfig:
     return TileConfig(64, 32, 4, 3, 80) if n <= 256 else TileConfig(64, 64, 4, 3)
 
 
-def backward_config(dtype: torch.dtype, head_dim: int, n: int, causal: bool) -> TileConfig:
+def backward_config(
+    dtype: torch.dtype, head_dim: int, n: int, causal: bool, more: bool = False
+) -> TileConfig:
+    """``more``: with a window or dropout."""
     if dtype == torch.float32:
-        return TileConfig(32, 32, 4, 2) if head_dim <= 128 else TileConfig(16, 16, 4, 2)
+        small = head_dim <= 128 and not more
+        return TileConfig(32, 32, 4, 2) if small else TileConfig(16, 16, 4, 2)
     if head_dim > 128:
         return TileConfig(32, 32, 4, 2)
+    if more:  # without spilt registers; not measured yet
+        return TileConfig(64, 32, 4, 2, 168) if head_dim <= 64 else TileConfig(64, 32, 4, 2)
     if head_dim > 64:
         short = n <= 512 and not causal
         return TileConfig(64, 32, 4, 2, 168) if short else TileConfig(64, 64, 4, 2)
@@ -68,95 +82,19 @@ def backward_config(dtype: torch.dtype, head_dim: int, n: int, causal: bool) -> 
     return TileConfig(64, 32, 4, 2, 128) if n <= 256 else TileConfig(64, 64, 4, 3, 168)
 
 
-# ---- sequences and their rows
-
-
-@triton.jit
-def _sequence(SEQUENCES, b, N, LAYOUT: tl.constexpr):
-    """The first row of sequence b (0 where each has its N rows), and its length."""
-    row = 0
-    length = N
-    if LAYOUT == "padded":
-        length = tl.minimum(tl.load(SEQUENCES + b).to(tl.int32), N)
-    if LAYOUT == "packed":
-        row = tl.load(SEQUENCES + b).to(tl.int64)
-        length = tl.minimum((tl.load(SEQUENCES + b + 1) - row).to(tl.int32), N)
-    return row, length
-
-
-@triton.jit
-def _head_base(T, row, b, h, stride_b, stride_n, HEAD_DIM: tl.constexpr, LAYOUT: tl.constexpr):
-    """Where head h of sequence b starts in T, rows of tokens."""
-    if LAYOUT == "packed":
-        base = T + row * stride_n + h * HEAD_DIM
-    else:
-        base = T + b * stride_b + h * HEAD_DIM
-    return base
-
-
-@triton.jit
-def _statistics(T, row, head, h, N, rows_in_all, LAYOUT: tl.constexpr):
-    """The same in T = lse or delta: (B, heads, N), packed (heads, T)."""
-    if LAYOUT == "packed":
-        base = T + h.to(tl.int64) * rows_in_all + row
-    else:
-        base = T + head.to(tl.int64) * N
-    return base
-
-
-@triton.jit
-def _load_rows(base, rows, cols, stride_n, N, HEAD_DIM: tl.constexpr, WHOLE: tl.constexpr = False):
-    """[rows, BLOCK_D] of one head; zeros past row N (WHOLE: there are none) and column HEAD_DIM."""
-    pointers = base + rows[:, None] * stride_n + cols[None, :]
-    if cols.shape[0] > HEAD_DIM:
-        mask = (rows[:, None] < N) & (cols[None, :] < HEAD_DIM)
-        tile = tl.load(pointers, mask=mask, other=0.0)
-    elif WHOLE:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=rows[:, None] < N, other=0.0)
-    return tile
-
-
-@triton.jit
-def _store_rows(
-    T, tile, row, b, h, rows, cols, heads, N, length,
-    HEAD_DIM: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """One head's rows of T = o or dw, contiguous; in a padded batch zeros past length."""
-    inner = heads * HEAD_DIM
-    end = length
-    if LAYOUT == "padded":
-        tile = tl.where(rows[:, None] < length, tile, 0.0)
-        end = N
-    first = row if LAYOUT == "packed" else b * N
-    pointers = T + first * inner + h * HEAD_DIM + rows[:, None] * inner + cols[None, :]
-    mask = (rows[:, None] < end) & (cols[None, :] < HEAD_DIM)
-    tl.store(pointers, tile.to(T.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_lse(base, m, total, rows, N, length, LAYOUT: tl.constexpr):
-    """One head's rows of lse, from base 2; in a padded batch inf past length."""
-    if LAYOUT == "padded":
-        lse = tl.where(rows < length, (m + tl.log2(total)) / LOG2E, float("inf"))
-        tl.store(base + rows, lse, mask=rows < N)
-    else:
-        tl.store(base + rows, (m + tl.log2(total)) / LOG2E, mask=rows < length)
-
-
 # ---- forward
 
 
 @triton.jit
 def _visit(
     w_j, acc, m, total, base, start, rows_j, cols, stride_n, N, scale_log2, window,
+    head, seed, below,
     HEAD_DIM: tl.constexpr, VISIT: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One online-softmax step of row tile j over the rows [start, start + VISIT)."""
     rows_i = start + tl.arange(0, VISIT)
-    w_i = _load_rows(base, rows_i, cols, stride_n, N, HEAD_DIM, WHOLE=not MASKED)
+    w_i = load_rows(base, rows_i, cols, stride_n, N, HEAD_DIM, WHOLE=not MASKED)
     s = dot(w_j, tl.trans(w_i), None, PRECISION)  # [OWN, VISIT], unscaled
     if MASKED:
         seen = rows_i[None, :] < N
@@ -169,13 +107,16 @@ def _visit(
     p = tl.exp2(s * scale_log2 - m_new[:, None])  # one FMA and one exponential each
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
+    if seed is not None:
+        p = tl.where(dropped(rows_j, rows_i, head, seed, below)[0], 0.0, p)
     acc = dot(p.to(w_i.dtype), w_i, acc * shrink[:, None], PRECISION)
     return acc, m_new, total
 
 
 @triton.jit
 def tied_attention_forward_kernel(
-    W, OUT, LSE, SEQUENCES, stride_b, stride_n, N, rows_in_all, window, heads, scale,
+    W, OUT, LSE, SEQUENCES, stride_b, stride_n, N, rows_in_all, window, SEED, below,
+    heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr,
     CAUSAL: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,25 +127,28 @@ def tied_attention_forward_kernel(
         j = tiles - 1 - j  # the longest rows first
     b = (head // heads).to(tl.int64)
     h = head % heads
-    row, length = _sequence(SEQUENCES, b, N, LAYOUT)
-    base = _head_base(W, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
+    row, length = sequence(SEQUENCES, b, N, LAYOUT)
+    base = head_base(W, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
     rows_j = j * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
     if LAYOUT != "equal":  # noqa: SIM102 (decided at compilation)
         if j * OWN >= length:
             if LAYOUT == "padded":
                 zeros = tl.zeros((OWN, BLOCK_D), tl.float32)
-                _store_rows(OUT, zeros, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
-                lse_base = _statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
+                store_rows(OUT, zeros, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
+                lse_base = statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
                 ones = tl.full((OWN,), 1.0, tl.float32)
-                _store_lse(lse_base, ones, ones, rows_j, N, length, LAYOUT)
+                store_lse(lse_base, ones, ones, rows_j, N, length, LAYOUT)
             return
-    w_j = _load_rows(base, rows_j, cols, stride_n, length, HEAD_DIM)  # [OWN, BLOCK_D]
+    w_j = load_rows(base, rows_j, cols, stride_n, length, HEAD_DIM)  # [OWN, BLOCK_D]
 
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     m = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     scale_log2 = scale * LOG2E
+    seed = None
+    if SEED is not None:
+        seed = tl.load(SEED)
     # Tiles from ``whole`` to ``unmasked`` are seen in full by all rows j.
     whole = 0
     unmasked = (j * OWN // VISIT if CAUSAL else length // VISIT) * VISIT
@@ -219,23 +163,25 @@ def tied_attention_forward_kernel(
         for start in range(first, tl.minimum(whole, end), VISIT):
             acc, m, total = _visit(
                 w_j, acc, m, total, base, start, rows_j, cols, stride_n, length, scale_log2,
-                window, HEAD_DIM, VISIT, True, CAUSAL, PRECISION,
+                window, head, seed, below, HEAD_DIM, VISIT, True, CAUSAL, PRECISION,
             )  # fmt: skip
     for start in range(whole, unmasked, VISIT):
         acc, m, total = _visit(
             w_j, acc, m, total, base, start, rows_j, cols, stride_n, length, scale_log2,
-            window, HEAD_DIM, VISIT, False, CAUSAL, PRECISION,
+            window, head, seed, below, HEAD_DIM, VISIT, False, CAUSAL, PRECISION,
         )  # fmt: skip
     for start in range(unmasked, end, VISIT):
         acc, m, total = _visit(
             w_j, acc, m, total, base, start, rows_j, cols, stride_n, length, scale_log2,
-            window, HEAD_DIM, VISIT, True, CAUSAL, PRECISION,
+            window, head, seed, below, HEAD_DIM, VISIT, True, CAUSAL, PRECISION,
         )  # fmt: skip
 
+    if SEED is not None:
+        acc *= grown(below)
     o = acc / total[:, None]
-    _store_rows(OUT, o, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
-    lse_base = _statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
-    _store_lse(lse_base, m, total, rows_j, N, length, LAYOUT)
+    store_rows(OUT, o, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
+    lse_base = statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
+    store_lse(lse_base, m, total, rows_j, N, length, LAYOUT)
 
 
 # ---- backward
@@ -253,22 +199,22 @@ def tied_attention_delta_kernel(
     cols = tl.arange(0, BLOCK_D)
     b = (head // heads).to(tl.int64)
     h = head % heads
-    row, length = _sequence(SEQUENCES, b, N, LAYOUT)
+    row, length = sequence(SEQUENCES, b, N, LAYOUT)
     inner = heads * HEAD_DIM
-    do_base = _head_base(DO, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
-    do = _load_rows(do_base, rows, cols, stride_n, length, HEAD_DIM)
+    do_base = head_base(DO, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
+    do = load_rows(do_base, rows, cols, stride_n, length, HEAD_DIM)
     first = row if LAYOUT == "packed" else b * N
-    o = _load_rows(OUT + first * inner + h * HEAD_DIM, rows, cols, inner, length, HEAD_DIM)
+    o = load_rows(OUT + first * inner + h * HEAD_DIM, rows, cols, inner, length, HEAD_DIM)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(
-        _statistics(DELTA, row, head, h, N, rows_in_all, LAYOUT) + rows, delta, mask=rows < length
+        statistics(DELTA, row, head, h, N, rows_in_all, LAYOUT) + rows, delta, mask=rows < length
     )
 
 
 @triton.jit
 def _visit_backward(
     acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, first, end, rows_j, cols,
-    stride_n, do_stride_n, N, scale_log2, scale, window,
+    stride_n, do_stride_n, N, scale_log2, scale, window, head, seed, below,
     HEAD_DIM: tl.constexpr, VISIT: tl.constexpr, PART: tl.constexpr, BAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -280,9 +226,12 @@ def _visit_backward(
     """
     for start in range(first, end, VISIT):
         rows_i = start + tl.arange(0, VISIT)
-        w_i = _load_rows(w_base, rows_i, cols, stride_n, N, HEAD_DIM)
+        w_i = load_rows(w_base, rows_i, cols, stride_n, N, HEAD_DIM)
         s = dot(w_j, tl.trans(w_i), None, PRECISION)  # [OWN, VISIT], unscaled
         ds = tl.zeros_like(s)  # scale (dS_ji + dS_ij^T)
+        if seed is not None:
+            drop_ji, drop_ij = dropped(rows_j, rows_i, head, seed, below)
+            growth = grown(below)
         if PART != "after":
             p_ji = tl.exp2(s * scale_log2 - lse_j[:, None])  # scale P_ji: lse_j carries the scale
             if PART == "diagonal":
@@ -290,9 +239,11 @@ def _visit_backward(
             if BAND:
                 p_ji = tl.where(tl.abs(rows_i[None, :] - rows_j[:, None]) <= window, p_ji, 0.0)
             dp_ji = dot(do_j, tl.trans(w_i), None, PRECISION)
+            if seed is not None:
+                dp_ji = tl.where(drop_ji, 0.0, dp_ji * growth)
             ds += p_ji * (dp_ji - delta_j[:, None])
         if PART != "before":
-            do_i = _load_rows(do_base, rows_i, cols, do_stride_n, N, HEAD_DIM)
+            do_i = load_rows(do_base, rows_i, cols, do_stride_n, N, HEAD_DIM)
             lse_i = tl.load(lse_base + rows_i, mask=rows_i < N, other=float("inf")) * LOG2E
             delta_i = tl.load(delta_base + rows_i, mask=rows_i < N, other=0.0) * scale
             p_ij = tl.exp2(s * scale_log2 - lse_i[None, :])  # P_ij^T
@@ -300,8 +251,13 @@ def _visit_backward(
                 p_ij = tl.where(rows_j[:, None] <= rows_i[None, :], p_ij, 0.0)
             if BAND:
                 p_ij = tl.where(tl.abs(rows_i[None, :] - rows_j[:, None]) <= window, p_ij, 0.0)
-            acc = dot(p_ij.to(do_i.dtype), do_i, acc, PRECISION)
+            v_ij = p_ij
+            if seed is not None:
+                v_ij = tl.where(drop_ij, 0.0, p_ij * growth)
+            acc = dot(v_ij.to(do_i.dtype), do_i, acc, PRECISION)
             dp_ij = dot(w_j, tl.trans(do_i), None, PRECISION)  # dP_ij^T
+            if seed is not None:
+                dp_ij = tl.where(drop_ij, 0.0, dp_ij * growth)
             ds += p_ij * (dp_ij * scale - delta_i[None, :])
         acc = dot(ds.to(w_i.dtype), w_i, acc, PRECISION)
     return acc
@@ -310,7 +266,7 @@ def _visit_backward(
 @triton.jit
 def tied_attention_backward_kernel(
     DO, W, LSE, DELTA, DW, SEQUENCES, do_stride_b, do_stride_n, stride_b, stride_n, N, rows_in_all,
-    window, heads, scale,
+    window, SEED, below, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr,
     CAUSAL: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -320,27 +276,30 @@ def tied_attention_backward_kernel(
     j = tl.program_id(0) % tiles
     b = (head // heads).to(tl.int64)
     h = head % heads
-    row, length = _sequence(SEQUENCES, b, N, LAYOUT)
-    w_base = _head_base(W, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
-    do_base = _head_base(DO, row, b, h, do_stride_b, do_stride_n, HEAD_DIM, LAYOUT)
-    lse_base = _statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
-    delta_base = _statistics(DELTA, row, head, h, N, rows_in_all, LAYOUT)
+    row, length = sequence(SEQUENCES, b, N, LAYOUT)
+    w_base = head_base(W, row, b, h, stride_b, stride_n, HEAD_DIM, LAYOUT)
+    do_base = head_base(DO, row, b, h, do_stride_b, do_stride_n, HEAD_DIM, LAYOUT)
+    lse_base = statistics(LSE, row, head, h, N, rows_in_all, LAYOUT)
+    delta_base = statistics(DELTA, row, head, h, N, rows_in_all, LAYOUT)
     rows_j = j * OWN + tl.arange(0, OWN)
     cols = tl.arange(0, BLOCK_D)
     if LAYOUT != "equal":  # noqa: SIM102 (decided at compilation)
         if j * OWN >= length:
             if LAYOUT == "padded":
                 zeros = tl.zeros((OWN, BLOCK_D), tl.float32)
-                _store_rows(DW, zeros, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
+                store_rows(DW, zeros, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
             return
-    w_j = _load_rows(w_base, rows_j, cols, stride_n, length, HEAD_DIM)  # [OWN, BLOCK_D]
-    do_j = _load_rows(do_base, rows_j, cols, do_stride_n, length, HEAD_DIM)
+    w_j = load_rows(w_base, rows_j, cols, stride_n, length, HEAD_DIM)  # [OWN, BLOCK_D]
+    do_j = load_rows(do_base, rows_j, cols, do_stride_n, length, HEAD_DIM)
     lse_j = tl.load(lse_base + rows_j, mask=rows_j < length, other=float("inf")) * LOG2E
     lse_j -= tl.log2(scale)
     delta_j = tl.load(delta_base + rows_j, mask=rows_j < length, other=0.0)
 
     acc = tl.zeros((OWN, BLOCK_D), tl.float32)
     scale_log2 = scale * LOG2E
+    seed = None
+    if SEED is not None:
+        seed = tl.load(SEED)
     own = j * OWN
     after = (j + 1) * OWN
     # Tiles from ``whole`` to ``edge`` are no further than the window from any row j.
@@ -354,40 +313,41 @@ def tied_attention_backward_kernel(
         acc = _visit_backward(
             acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, first,
             tl.minimum(whole, own if CAUSAL else end), rows_j, cols,
-            stride_n, do_stride_n, length, scale_log2, scale, window,
+            stride_n, do_stride_n, length, scale_log2, scale, window, head, seed, below,
             HEAD_DIM, VISIT, "before" if CAUSAL else "both", True, PRECISION,
         )  # fmt: skip
     if CAUSAL:
         acc = _visit_backward(
             acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, whole, own,
-            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window,
-            HEAD_DIM, VISIT, "before", False, PRECISION,
+            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window, head, seed,
+            below, HEAD_DIM, VISIT, "before", False, PRECISION,
         )  # fmt: skip
         acc = _visit_backward(
             acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, own,
             tl.minimum(length, after), rows_j, cols, stride_n, do_stride_n, length, scale_log2,
-            scale, window, HEAD_DIM, VISIT, "diagonal", window is not None, PRECISION,
+            scale, window, head, seed, below, HEAD_DIM, VISIT, "diagonal", window is not None,
+            PRECISION,
         )  # fmt: skip
         acc = _visit_backward(
             acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, after, edge,
-            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window,
-            HEAD_DIM, VISIT, "after", False, PRECISION,
+            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window, head, seed,
+            below, HEAD_DIM, VISIT, "after", False, PRECISION,
         )  # fmt: skip
     else:
         acc = _visit_backward(
             acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base, whole, edge,
-            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window,
-            HEAD_DIM, VISIT, "both", False, PRECISION,
+            rows_j, cols, stride_n, do_stride_n, length, scale_log2, scale, window, head, seed,
+            below, HEAD_DIM, VISIT, "both", False, PRECISION,
         )  # fmt: skip
     if window is not None:
         acc = _visit_backward(
             acc, w_j, do_j, lse_j, delta_j, w_base, do_base, lse_base, delta_base,
             tl.maximum(edge, after if CAUSAL else whole), end, rows_j, cols,
-            stride_n, do_stride_n, length, scale_log2, scale, window,
+            stride_n, do_stride_n, length, scale_log2, scale, window, head, seed, below,
             HEAD_DIM, VISIT, "after" if CAUSAL else "both", True, PRECISION,
         )  # fmt: skip
 
-    _store_rows(DW, acc, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
+    store_rows(DW, acc, row, b, h, rows_j, cols, heads, N, length, HEAD_DIM, LAYOUT)
 
 
 # ---- launchers
@@ -410,7 +370,8 @@ def forward(
     config = forward_config(w.dtype, head_dim, n)
     with on_device_of(w):
         tied_attention_forward_kernel[(batch * heads * triton.cdiv(n, config.own),)](
-            w, o, lse, mask.sequences, *_strides(w), n, rows_in_all, _reach(mask, n), heads, scale,
+            w, o, lse, mask.sequences, *_strides(w), n, rows_in_all, _reach(mask, n),
+            mask.seed, _below(mask), heads, scale,
             HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), OWN=config.own, VISIT=config.visit,
             CAUSAL=causal, LAYOUT=layout, PRECISION=dot_precision(w.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -436,7 +397,8 @@ def backward(
     if batch == 0 or n == 0:
         return dw
     head_dim = w.shape[-1] // heads
-    config = backward_config(w.dtype, head_dim, n, causal or mask.window is not None)
+    more = mask.window is not None or mask.seed is not None
+    config = backward_config(w.dtype, head_dim, n, causal, more)
     delta = torch.empty_like(lse)
     with on_device_of(w):
         tied_attention_delta_kernel[(batch * heads * triton.cdiv(n, 64),)](
@@ -445,7 +407,8 @@ def backward(
         )  # fmt: skip
         tied_attention_backward_kernel[(batch * heads * triton.cdiv(n, config.own),)](
             do, w, lse, delta, dw, mask.sequences, *_strides(do), *_strides(w),
-            n, rows_in_all, _reach(mask, n), heads, scale,
+            n, rows_in_all, _reach(mask, n),
+            mask.seed, _below(mask), heads, scale,
             HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim), OWN=config.own, VISIT=config.visit,
             CAUSAL=causal, LAYOUT=layout, PRECISION=dot_precision(w.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -466,6 +429,11 @@ def _sizes(w: Tensor, mask: Mask) -> tuple[int, int, int | None, str]:
 def _reach(mask: Mask, n: int) -> int | None:
     """The window, no wider than it can be, so that 32 bits hold it."""
     return None if mask.window is None else min(mask.window, n)
+
+
+def _below(mask: Mask) -> int | None:
+    """The draws below it drop."""
+    return None if mask.seed is None else threshold(mask.dropout)
 
 
 def _strides(t: Tensor) -> tuple[int | None, int]:

@@ -15,7 +15,7 @@ from ..checks import refuse
 from ..library import autocast_dtype, autocast_is_on
 from .encoder_recognition import published_forward, reason_against_step
 from .inference import Constants, layer_constants
-from .layers import ISTA, MSSA, has_hooks, log_once, unfused_reason
+from .layers import ISTA, MSSA, dropout_reason, has_hooks, log_once, unfused_reason
 from .recognition import Verdicts
 
 Observer = Callable[["Encoder", int, Tensor, Tensor], None]
@@ -204,7 +204,7 @@ def unfused_block_reason(
         return "the step size or lambda of its dictionary step is a tensor"
     if attn.norm.eps != ff.norm.eps or attn.norm.eps <= 0:
         return f"the eps of its norms are not one > 0: {attn.norm.eps:g} and {ff.norm.eps:g}"
-    reason = unfused_reason(attn.fn)
+    reason = unfused_reason(attn.fn) or dropout_reason(attn.fn)
     if reason is not None or x is None:
         return reason
     dtypes = {t.dtype for t in (x, *_parameters(attn, ff)) if t is not None}

@@ -187,11 +187,12 @@ def _note(module: nn.Module) -> str:
     """What keeps a freshly swapped layer on its plain forward."""
     if not isinstance(module, MSSA):
         return ""
-    drops = [m.p for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if drops:
-        return f"dropout {max(drops):g}: runs unfused while training"
     reason = unfused_reason(module)
-    return "" if reason is None else f"{reason}: runs unfused"
+    if reason is not None:
+        return f"{reason}: runs unfused"
+    if module.dropout.p > 0:
+        return f"dropout {module.dropout.p:g}: while training runs on Triton or unfused"
+    return ""
 
 
 def _encoder_note(encoder: Any) -> str:

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends import explain
 from ..checks import check_heads, check_number, refuse
 from ..ista.op import ista
+from ..library import autocast_dtype
 from ..mssa.op import mssa
 from ..overcomplete_ista.op import MEMORY, overcomplete_ista
 
@@ -187,10 +189,11 @@ class MSSA(Attention):
     """:class:`Attention` on :func:`crate_kernels.mssa`: formula, arguments and keys are its own.
 
     Runs its children one by one, as Attention does, whenever the op would pass over something:
-    ``return_attention``; an active dropout; a hook on ``qkv``, ``attend``, ``dropout``, ``to_out``
-    or its children, or on all modules; a child that is parametrized, or no longer the plain
-    ``torch.nn`` layer it was built as (LoRA, quantised). The log names each such reason once.
-    ``torch.compile`` sees the hooks there are when it compiles, as in any module.
+    ``return_attention``; a hook on ``qkv``, ``attend``, ``dropout``, ``to_out`` or its children, or
+    on all modules; a child that is parametrized, or no longer the plain ``torch.nn`` layer it was
+    built as (LoRA, quantised); an active dropout where no kernel has it, as on the CPU. The log
+    names each such reason once. ``torch.compile`` sees the hooks there are when it compiles, as in
+    any module.
 
     Dtypes and errors: as in :func:`crate_kernels.mssa`.
     """
@@ -200,17 +203,19 @@ class MSSA(Attention):
     ) -> Tensor:
         if return_attention or return_key:
             return super().forward(x, return_attention, return_key)
-        reason = unfused_reason(self)
+        reason = unfused_reason(self) or dropout_reason(self, x)
         if reason is not None:
             if not torch.compiler.is_compiling():
                 log_once(f"MSSA runs unfused: {reason}")
             return super().forward(x)
         weight, heads, scale = self.qkv.weight, self.heads, self.scale
+        inside, outside = _active_dropouts(self)
         to_out: Any = self.to_out
         if type(to_out) is nn.Identity:
-            return mssa(x, weight, heads=heads, scale=scale)
+            return mssa(x, weight, heads=heads, scale=scale, dropout=inside)
         out = to_out[0]
-        return mssa(x, weight, out.weight, out.bias, heads=heads, scale=scale)
+        y = mssa(x, weight, out.weight, out.bias, heads=heads, scale=scale, dropout=inside)
+        return F.dropout(y, outside) if outside > 0 else y
 
 
 class ISTA(FeedForward):
@@ -253,7 +258,10 @@ class OvercompleteISTA(OvercompleteFeedForward):
 
 
 def unfused_reason(layer: MSSA) -> str | None:
-    """Why ``layer`` must run its children one by one right now; None if it need not."""
+    """Why ``layer`` must run its children one by one right now; None if it need not.
+
+    Active dropout is dropout_reason's.
+    """
     if _has_any_global_hook():
         return "hooks on all modules are registered"
     children: dict[str, Any] = layer._modules
@@ -280,16 +288,42 @@ def unfused_reason(layer: MSSA) -> str | None:
     return _not_plain("to_out.0", out, nn.Linear) or _not_plain("to_out.1", dropout, nn.Dropout)
 
 
+def dropout_reason(layer: MSSA, x: Tensor | None = None) -> str | None:
+    """The active dropout for which ``layer``, of plain children, must run them one by one.
+
+    On ``x`` that of the attention map alone, and where no kernel has it: the reference would be
+    slower than torch.
+    """
+    inside, outside = _active_dropouts(layer)
+    rate = inside if x is not None else max(inside, outside)
+    if rate == 0:
+        return None
+    if x is not None and rate < 1:
+        head_dim = layer.qkv.weight.shape[0] // layer.heads
+        if explain("mssa", x, autocast_dtype(x), head_dim, ("dropout",)).chosen != "reference":
+            return None
+    return f"dropout {rate:g} is active while training"
+
+
+def _active_dropouts(layer: MSSA) -> tuple[float, float]:
+    """The rates at which plain children drop right now: of the attention map, of the output."""
+    children: dict[str, Any] = layer._modules
+    dropout, to_out = children["dropout"], children["to_out"]
+    inside = dropout.p if dropout.training else 0.0
+    if type(to_out) is nn.Identity:
+        return inside, 0.0
+    _, dropout = to_out._modules.values()
+    return inside, dropout.p if dropout.training else 0.0
+
+
 def _not_plain(name: str, child: Any, expected: type[nn.Module]) -> str | None:
-    """Why calling ``child`` could do other than ``expected.forward`` without dropout does."""
+    """Why calling ``child`` could do other than ``expected.forward`` does."""
     if type(child) is not expected:
         return f"{name} is {type(child).__name__}, not a plain nn.{expected.__name__}"
     if "forward" in child.__dict__:
         return f"the forward of {name} was replaced"
     if has_hooks(child):
         return f"{name} has hooks"
-    if isinstance(child, nn.Dropout) and child.training and child.p > 0:
-        return f"{name} {child.p:g} is active while training"
     return None
 
 

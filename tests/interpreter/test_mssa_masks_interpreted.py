@@ -6,16 +6,19 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     INITIAL,
     assert_as_close_as_plain,
     attention_by_sequence,
+    published_attention,
     results,
 )
 from test_mssa_interpreted import with_tiles
 
 from crate_kernels import explain, tied_attention
 from crate_kernels.mssa import triton_kernels
+from crate_kernels.mssa.dropout import kept
 from crate_kernels.mssa.masks import Mask
 
 LENGTHS = (17, 0, 1, 34)
@@ -185,8 +188,61 @@ def test_opcheck(layout):
     w, options = inputs(layout, 2, 8, (9, 4))
     op = torch.ops.crate_kernels
     sequences = options.get("lengths", options.get("cu_seqlens"))
-    rest = (2, 0.5, True, 9, 3, "triton")
+    rest = (torch.tensor([3]), 2, 0.5, True, 9, 3, 0.3, "triton")
     o, lse = op.tied_attention_masked(w, sequences, *rest)
     torch.library.opcheck(op.tied_attention_masked, (w.requires_grad_(), sequences, *rest))
     saved = (torch.randn_like(o), w.detach(), o, lse, sequences, *rest)
     torch.library.opcheck(op.tied_attention_masked_backward, saved)
+
+
+# ---- dropout
+
+
+def test_kept_weights_are_those_of_the_reference(monkeypatch):
+    """o of w = one-hot rows is the dropped P itself, in every tile and head."""
+    with_tiles(monkeypatch, 32, 16)
+    n, heads = 33, 2
+    w = torch.eye(n).repeat(1, heads).expand(2, n, heads * n)
+    for seed in (0, -1, 2**63 - 1, -(2**63) + 5):
+        options = {"heads": heads, "dropout": 0.3, "seed": seed}
+        o = tied_attention(w, **options, backend="triton")
+        want = tied_attention(w, **options, backend="reference")
+        assert torch.equal(o == 0, want == 0) and 0.2 < (o == 0).float().mean() < 0.4
+        torch.testing.assert_close(o, want)
+
+
+def dropped_by_sequence(w, *, heads, seed, dropout, lengths=None, cu_seqlens=None, **options):
+    """Plain PyTorch given the weights to keep."""
+    if cu_seqlens is not None:
+        sequences = [part[None] for part in w.split(cu_seqlens.diff().tolist())]
+    else:
+        counts = [w.shape[1]] * len(w) if lengths is None else lengths.tolist()
+        sequences = [item[None, :count] for item, count in zip(w, counts, strict=True)]
+    done = []
+    for at, part in enumerate(sequences):
+        numbers = torch.arange(at * heads, (at + 1) * heads)
+        keep = kept(part.shape[1], numbers, dropout, torch.tensor([seed])) / (1 - dropout)
+        options.pop("max_seqlen", None)
+        done.append(published_attention(part, heads=heads, keep=keep.to(w.dtype), **options)[0])
+    if cu_seqlens is not None:
+        return torch.cat(done)
+    return torch.stack([F.pad(o, (0, 0, 0, w.shape[1] - len(o))) for o in done])
+
+
+@pytest.mark.parametrize(
+    ("layout", "causal", "window"),
+    [("equal", False, None), ("equal", True, None), ("padded", False, 9), ("packed", True, 9)],
+)
+def test_dropout(layout, causal, window, monkeypatch):
+    with_tiles(monkeypatch, 32, 16)
+    w, given = inputs(layout, 2, 8, (40,) if layout == "equal" else (40, 0, 17))
+    options = {"heads": 2, "causal": causal, "window": window, "dropout": 0.4, "seed": 7, **given}
+    do = torch.randn_like(w)
+    got = results(tied_attention, {"w": w}, do, **options, backend="triton")
+    plain = results(dropped_by_sequence, {"w": w}, do, **options)
+    exact = results(dropped_by_sequence, {"w": w}, do, torch.float64, **options)
+    assert_as_close_as_plain(got, plain, exact, options)
+    again = results(tied_attention, {"w": w}, do, **options, backend="triton")
+    assert all(torch.equal(got[name], again[name]) for name in got)
+    other = results(tied_attention, {"w": w}, do, **{**options, "seed": 8}, backend="triton")
+    assert not torch.equal(got["y"], other["y"])
