@@ -219,7 +219,7 @@ class MaskedAutoencoder(nn.Module):
         return self._encode(x, self.decoder_pos_embed), mask
 
     def _mask(self, x: Tensor, ratio: float, generator: torch.Generator | None) -> Tensor:
-        """(B, n): in each item a part ``ratio`` of the patches at random, those of largest noise."""
+        """(B, n): 1 for a part ``ratio`` of each item's patches, those of largest noise."""
         batch, n, _ = x.shape
         kept = int(n * (1 - ratio))
         if not 0 <= kept < n:
