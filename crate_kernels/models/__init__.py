@@ -5,6 +5,15 @@ checkpoint.py loads what people have; timm_models.py, not imported here, registe
 
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
+from .dino import (
+    DINO,
+    DINOBackbone,
+    DINOHead,
+    DINOLoss,
+    MultiCropWrapper,
+    crate_dino_base,
+    crate_dino_small,
+)
 from .gpt import CRATEGPT, KVCache, crate_gpt
 from .mae import (
     MAEDecoderBlock,
@@ -19,13 +28,20 @@ from .mae import (
 __all__ = [
     "CRATE",
     "CRATEGPT",
+    "DINO",
+    "DINOBackbone",
+    "DINOHead",
+    "DINOLoss",
     "KVCache",
     "MAEDecoderBlock",
     "MAEEncoderBlock",
     "MaskedAutoencoder",
+    "MultiCropWrapper",
     "PreNorm",
     "Transformer",
     "crate_base",
+    "crate_dino_base",
+    "crate_dino_small",
     "crate_gpt",
     "crate_large",
     "crate_mae_base",
