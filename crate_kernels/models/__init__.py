@@ -1,8 +1,9 @@
-"""Models in published, unfused form: crate.py, mae.py; gpt.py on the causal ops.
+"""Published models: crate.py, mae.py, dino.py, unfused; gpt.py and bert.py on the ops.
 
 checkpoint.py loads what people have; timm_models.py, not imported here, registers with timm.
 """
 
+from .bert import CRATEBERT, crate_bert
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
 from .dino import (
@@ -27,6 +28,7 @@ from .mae import (
 
 __all__ = [
     "CRATE",
+    "CRATEBERT",
     "CRATEGPT",
     "DINO",
     "DINOBackbone",
@@ -40,6 +42,7 @@ __all__ = [
     "PreNorm",
     "Transformer",
     "crate_base",
+    "crate_bert",
     "crate_dino_base",
     "crate_dino_small",
     "crate_gpt",
