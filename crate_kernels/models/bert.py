@@ -199,7 +199,8 @@ class CRATEBERT(nn.Module):
         )
         self.lm_head = BERTHead(vocab_size, dim, **factory)
         self.apply(_initialise)
-        self.lm_head.decoder.weight = self.crate["embeddings"].word_embeddings.weight
+        embeddings: Any = self.crate["embeddings"]
+        self.lm_head.decoder.weight = embeddings.word_embeddings.weight
 
     def forward(
         self,
