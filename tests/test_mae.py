@@ -36,9 +36,13 @@ def by_hand(state, img, mask, norm_pix_loss, p=2, eta=0.1, lambd=0.5):
     def norm(x, key, eps=1e-5):
         return F.layer_norm(x, (12,), state[f"{key}.weight"], state[f"{key}.bias"], eps)
 
+    def linear(x, key):
+        return F.linear(x, state[f"{key}.weight"], state[f"{key}.bias"])
+
     def mssa(x, key, heads):
         w = x @ state[f"{key}.qkv.weight"].T
-        o = [torch.softmax(wh @ wh.mT * wh.shape[-1] ** -0.5, -1) @ wh for wh in w.chunk(heads, -1)]
+        s = w.shape[-1] // heads
+        o = [torch.softmax(wh @ wh.mT * s**-0.5, -1) @ wh for wh in w.chunk(heads, -1)]
         return F.linear(
             torch.cat(o, -1), *(state[f"{key}.to_out.0.{n}"] for n in ("weight", "bias"))
         )
@@ -66,7 +70,7 @@ def by_hand(state, img, mask, norm_pix_loss, p=2, eta=0.1, lambd=0.5):
         h = norm(x, f"{at}.0.norm") @ state[f"{at}.0.fn.weight"].T
         x = h - mssa(norm(h, f"{at}.1.norm"), f"{at}.1.fn", 2)
     x = norm(x, "decoder_norm", 1e-6)
-    predicted = F.linear(x, *(state[f"decoder_pred.{n}"] for n in ("weight", "bias")))[:, 1:]
+    predicted = linear(x, "decoder_pred")[:, 1:]
     if norm_pix_loss:
         parts = (parts - parts.mean(-1, True)) / (parts.var(-1, keepdim=True) + 1e-6) ** 0.5
     return ((predicted - parts) ** 2).mean(-1)[mask > 0].mean(), predicted
@@ -154,12 +158,11 @@ def test_initial_values_and_masks_are_of_one_seed():
     assert torch.equal(model.patch_embed.proj.weight.float().flatten(1), patch)
     assert torch.equal(model.cls_token.float(), cls_token)
     assert not model.decoder_pred.bias.any()
-    generator = torch.Generator().manual_seed(5)
-    first, second = (model(images(), generator=generator)[2] for _ in range(2))
+    generator, img = torch.Generator().manual_seed(5), images()
+    first, second = (model(img, generator=generator)[2] for _ in range(2))
     assert not torch.equal(first, second)
-    assert torch.equal(model(images(), generator=generator.manual_seed(5))[2], first)
-    assert torch.equal(model(images(), mask=second)[2], second)
-    img = images()
+    assert torch.equal(model(img, generator=generator.manual_seed(5))[2], first)
+    assert torch.equal(model(img, mask=second)[2], second)
     torch.manual_seed(5)
     assert torch.equal(model(img)[2], first)
 
@@ -171,10 +174,9 @@ def test_positions():
     for row, column, k in itertools.product(range(grid), range(grid), range(2)):
         frequency = 1 / 10000 ** (k / 2)
         at = positions[0, 1 + row * grid + column]
-        want = [
-            f(torch.tensor(c * frequency)) for c in (column, row) for f in (torch.sin, torch.cos)
-        ]
-        torch.testing.assert_close(at[k::2], torch.stack(want))
+        angles = torch.tensor([column, column, row, row]) * frequency
+        want = torch.where(torch.tensor([True, False] * 2), angles.sin(), angles.cos())
+        torch.testing.assert_close(at[k::2], want)
     assert patches.interpolate_positions(positions, 3, 3) is positions
     wider = patches.interpolate_positions(positions, 6, 7)
     assert wider.shape == (1, 43, 8) and torch.equal(wider[:, 0], positions[:, 0])
@@ -235,21 +237,21 @@ def test_bad_input(build, words):
 
 
 def test_learns_to_complete_digits():
-    data = pytest.importorskip("sklearn.datasets").load_digits().images / 16
-    digits = torch.tensor(data, dtype=torch.float32)[:, None]
+    data = torch.tensor(pytest.importorskip("sklearn.datasets").load_digits().images)
+    digits = ((data - data.mean()) / data.std()).float()[:, None]
     torch.manual_seed(0)
     model = models.MaskedAutoencoder(
-        image_size=8, patch_size=2, channels=1, dim=32, depth=1, heads=2, decoder_depth=1,
+        image_size=8, patch_size=2, channels=1, dim=32, depth=2, heads=2, decoder_depth=2,
         decoder_heads=2,
     )  # fmt: skip
     assert crate_kernels.fuse(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(220):
+    for _ in range(120):
         loss, _, _ = model(digits[torch.randint(len(digits), (64,))])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    # The best single grey leaves the variance of all pixels; the model does better.
-    assert sum(losses[-10:]) / 10 < 0.7 * digits.var().item() < losses[0]
+    # One grey for every hidden pixel leaves a loss of 1.
+    assert losses[0] > 1 and sum(losses[-10:]) / 10 < 0.7

@@ -20,9 +20,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from ..library import on_device_of
-from ..mssa.triton_kernels import LOG2E, _block_d, _load_rows, _rows_in_place, _visit
-from ..triton_common import can_start_early, dot_precision, multiprocessors
+from ..triton_common import can_start_early, dot, dot_precision, multiprocessors
 
+LOG2E = tl.constexpr(1.4426950408889634)
 # Below every score, and finite: the difference of two of them is 0, not NaN.
 LEAST = tl.constexpr(-1e38)
 # Programs for each multiprocessor that the context is split into: four run at a time, so what the
@@ -43,14 +43,18 @@ class DecodeConfig:
 
 
 def decode_config(dtype: torch.dtype, head_dim: int, n_new: int) -> DecodeConfig:
-    block_d = _block_d(head_dim)
+    columns = block_d(head_dim)
     if n_new == 1:  # the sums of a thread fill 32 registers, its tile 16 (docs/decode.md)
         elements = 2048 if dtype == torch.float32 else 4096
-        return DecodeConfig(min(128, elements // block_d), 1, 4, 1)
+        return DecodeConfig(min(128, elements // columns), 1, 4, 1)
     rows = 16 if n_new <= 16 else 64
     if dtype == torch.float32 or head_dim > 128:
         return DecodeConfig(32, min(rows, 32), 4, 2)
     return DecodeConfig(64, rows, 4, 3)
+
+
+def block_d(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def splits_for(programs: int, capacity: int, n_processors: int) -> int:
@@ -66,6 +70,27 @@ def _part(LENGTHS, b, split, capacity, SPLITS: tl.constexpr, VISIT: tl.constexpr
     share = tl.cdiv(tl.cdiv(cached, SPLITS), VISIT) * VISIT
     first = tl.minimum(split * share, cached)
     return length, first, tl.minimum(first + share, cached)
+
+
+@triton.jit
+def _load_rows(base, rows, cols, stride_n, n, HEAD_DIM: tl.constexpr):
+    """[rows, BLOCK_D] of one head; zeros past row n and column HEAD_DIM."""
+    mask = rows[:, None] < n
+    if cols.shape[0] > HEAD_DIM:
+        mask = mask & (cols[None, :] < HEAD_DIM)
+    return tl.load(base + rows[:, None] * stride_n + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _visit(w_j, acc, m, total, w_i, seen, scale_log2, PRECISION: tl.constexpr):
+    """One online-softmax step of the rows w_j over the rows w_i, where ``seen``."""
+    s = tl.where(seen, dot(w_j, tl.trans(w_i), None, PRECISION), float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    total = total * shrink + tl.sum(p, 1)
+    acc = dot(p.to(w_i.dtype), w_i, acc * shrink[:, None], PRECISION)
+    return acc, m_new, total
 
 
 @triton.jit
@@ -154,26 +179,19 @@ def decode_rows_kernel(
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     scale_log2 = scale * LOG2E
+    steps = tl.arange(0, VISIT)
     here = base + first.to(tl.int64) * cache_stride_n
-    whole = first + (last - first) // VISIT * VISIT
-    for _ in range(first, whole, VISIT):
-        acc, m, total = _visit(
-            w_j, acc, m, total, here, 0, rows_j, cols, cache_stride_n, VISIT, scale_log2,
-            HEAD_DIM=HEAD_DIM, VISIT=VISIT, MASKED=False, CAUSAL=False, PRECISION=PRECISION,
-        )  # fmt: skip
+    for start in range(first, last, VISIT):
+        w_i = _load_rows(here, steps, cols, cache_stride_n, last - start, HEAD_DIM)
+        seen = (start + steps < last)[None, :]
+        acc, m, total = _visit(w_j, acc, m, total, w_i, seen, scale_log2, PRECISION)
         here += VISIT * cache_stride_n
-    if whole < last:
-        acc, m, total = _visit(
-            w_j, acc, m, total, here, 0, rows_j, cols, cache_stride_n, last - whole, scale_log2,
-            HEAD_DIM=HEAD_DIM, VISIT=VISIT, MASKED=True, CAUSAL=False, PRECISION=PRECISION,
-        )  # fmt: skip
     is_last = split == SPLITS - 1
-    seen = tl.where(is_last, tl.minimum(n_new, (j + 1) * ROWS), 0)
-    for start in range(0, seen, VISIT):
-        acc, m, total = _visit(
-            w_j, acc, m, total, new, start, rows_j, cols, w_stride_n, n_new, scale_log2,
-            HEAD_DIM=HEAD_DIM, VISIT=VISIT, MASKED=True, CAUSAL=True, PRECISION=PRECISION,
-        )  # fmt: skip
+    for start in range(0, tl.where(is_last, tl.minimum(n_new, (j + 1) * ROWS), 0), VISIT):
+        rows_i = start + steps
+        w_i = _load_rows(new, rows_i, cols, w_stride_n, n_new, HEAD_DIM)
+        seen = (rows_i[None, :] < n_new) & (rows_i[None, :] <= rows_j[:, None])
+        acc, m, total = _visit(w_j, acc, m, total, w_i, seen, scale_log2, PRECISION)
 
     fits = (length >= 0) & (length < capacity - rows_j)
     inside = (rows_j[:, None] < n_new) & (cols[None, :] < HEAD_DIM)
@@ -220,7 +238,9 @@ def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) 
     """w (B, T, heads*head_dim) -> o like w, contiguous; writes w into cache (B, capacity, ...)."""
     batch, n_new, width = w.shape
     capacity, head_dim = cache.shape[1], width // heads
-    w, lengths = _rows_in_place(w), lengths.contiguous()
+    near = n_new * w.stride(1) < 2**31
+    w = w if w.stride(2) == 1 and near else w.contiguous()
+    lengths = lengths.contiguous()
     o = w.new_empty(w.shape)
     if batch == 0:
         return o
@@ -232,7 +252,7 @@ def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) 
         parts = batch * heads * n_new * splits
         sums = w.new_empty(parts * head_dim, dtype=torch.float32)
         stats = w.new_empty(parts * 2, dtype=torch.float32)
-    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "SPLITS": splits}
+    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "SPLITS": splits}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     with on_device_of(w):
         if n_new == 1:

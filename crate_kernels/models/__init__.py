@@ -1,4 +1,4 @@
-"""Models in published, unfused form: crate.py, alpha.py, mae.py; gpt.py on the causal ops.
+"""Published models: crate.py, alpha.py, mae.py, dino.py, unfused; gpt.py, bert.py on the ops.
 
 checkpoint.py loads what people have; timm_models.py, not imported here, registers with timm.
 """
@@ -11,8 +11,18 @@ from .alpha import (
     crate_alpha_small,
     crate_alpha_tiny,
 )
+from .bert import CRATEBERT, crate_bert
 from .checkpoint import load_checkpoint
 from .crate import CRATE, PreNorm, Transformer, crate_base, crate_large, crate_small, crate_tiny
+from .dino import (
+    DINO,
+    DINOBackbone,
+    DINOHead,
+    DINOLoss,
+    MultiCropWrapper,
+    crate_dino_base,
+    crate_dino_small,
+)
 from .gpt import CRATEGPT, KVCache, crate_gpt
 from .mae import (
     MAEDecoderBlock,
@@ -26,12 +36,18 @@ from .mae import (
 
 __all__ = [
     "CRATE",
+    "CRATEBERT",
     "CRATEGPT",
+    "DINO",
     "CRATEAlpha",
+    "DINOBackbone",
+    "DINOHead",
+    "DINOLoss",
     "KVCache",
     "MAEDecoderBlock",
     "MAEEncoderBlock",
     "MaskedAutoencoder",
+    "MultiCropWrapper",
     "PreNorm",
     "Transformer",
     "crate_alpha_base",
@@ -40,6 +56,9 @@ __all__ = [
     "crate_alpha_small",
     "crate_alpha_tiny",
     "crate_base",
+    "crate_bert",
+    "crate_dino_base",
+    "crate_dino_small",
     "crate_gpt",
     "crate_large",
     "crate_mae_base",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from helpers import HALVES, assert_as_close_as_plain, check_decode, decode_inputs, distinct
 
-from crate_kernels import explain, tied_attention, tied_attention_decode
+from crate_kernels import explain, models, tied_attention, tied_attention_decode
 
 triton_kernels = pytest.importorskip("crate_kernels.decode.triton_kernels")
 
@@ -151,3 +152,67 @@ def test_opcheck(n_new):
     w, cache, lengths = inputs(n_new, 2, 64, 400, (5, 300))
     op = torch.ops.crate_kernels.tied_attention_decode
     torch.library.opcheck(op, (w, cache, lengths, 2, 0.125, "triton"))
+
+
+# ---- the language model
+
+
+def small_gpt(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "context": 96, "dim": 256, "depth": 3, "heads": 4}
+    return models.CRATEGPT(**{**sizes, **options}, device="cuda")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_give_the_logits_of_the_whole(autocast):
+    """Prompts of two lengths, then token by token; as close to float64 as the model without."""
+    model = small_gpt()
+    idx = torch.randint(300, (2, 90), device="cuda")
+    exact, _ = copy.deepcopy(model).double()(idx, idx)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        plain, _ = model(idx, idx)
+        cache = model.new_cache(2, 90)
+        model.prefill(idx[:, :40], cache)
+        cache.lengths[1] = 33
+        for t in range(50):
+            next_tokens = torch.stack((idx[0, 40 + t], idx[1, 33 + t]))[:, None]
+            got = model.step(next_tokens, cache)[:, 0]
+            for b, position in enumerate((40 + t, 33 + t)):
+                outputs = (got[b], plain[b, position], exact[b, position])
+                # One ISTA value on the other side of its threshold outweighs rounding.
+                ours, theirs = ((y - outputs[2]).abs().median() for y in outputs[:2])
+                assert ours <= 3 * theirs + 1e-6 * outputs[2].abs().max(), (b, t)
+
+
+def test_greedy_generation_is_that_without_a_cache():
+    model = small_gpt()
+    idx = torch.randint(300, (3, 20), device="cuda")
+    got = model.generate(idx, 100, temperature=0)
+    assert got.shape == (3, 120) and torch.equal(got[:, :20], idx)
+    with torch.no_grad():
+        for length in range(20, 120):
+            logits = model(got[:, :length][:, -96:])[0][:, 0]
+            chosen = logits.gather(1, got[:, length : length + 1])
+            # The largest, or as large up to rounding.
+            assert (logits.amax(1, keepdim=True) - chosen <= 1e-4 * logits.abs().max()).all()
+
+
+def test_a_step_of_the_model_in_a_graph():
+    model = small_gpt()
+    idx = torch.randint(300, (4, 30), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        eager, captured = model.new_cache(4), model.new_cache(4)
+        for cache in (eager, captured):
+            model.prefill(idx, cache)
+        token = idx[:, -1:].clone()
+        model.step(token, model.new_cache(4))  # compiled, and loaded
+        graph = torch.cuda.CUDAGraph()
+        before = captured.lengths.clone()
+        with torch.cuda.graph(graph):
+            logits = model.step(token, captured)
+        captured.lengths.copy_(before)
+        for _ in range(40):
+            token.copy_(torch.randint_like(token, 300))
+            graph.replay()
+            assert torch.equal(logits, model.step(token, eager))
+        assert torch.equal(captured.lengths, eager.lengths)

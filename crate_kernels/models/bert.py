@@ -1,0 +1,296 @@
+"""CRATE-BERT, the published masked language model of CRATE, with its keys and arithmetic.
+
+Published as a port to transformers (models/crate): RoBERTa's embeddings and head, layers of CRATE
+between them. ISTA runs on this library's op, MSSA too where no token is hidden and no dropout
+active.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checks import check_heads, refuse
+from ..ista.op import ista
+from ..mssa.op import tied_attention
+from ..mssa.reference import merge_heads, split_heads
+
+IGNORED = -100  # a label that counts for nothing
+
+
+def attend(w: Tensor, heads: int, seen: Tensor | None, dropout: float) -> Tensor:
+    """softmax(s w_h w_h^T) w_h of each head: (B, T, heads*head_dim). ``seen`` (B, T): the keys."""
+    if seen is None and dropout == 0:
+        return tied_attention(w, heads=heads)
+    # Plain: here tied_attention(w, heads=heads, lengths=..., dropout=...) belongs.
+    wh = split_heads(w, heads)
+    s = torch.matmul(wh, wh.mT) * wh.shape[-1] ** -0.5
+    if seen is not None:
+        s = s.masked_fill(~seen[:, None, None], torch.finfo(s.dtype).min)
+    return merge_heads(torch.matmul(F.dropout(s.softmax(-1), dropout), wh))
+
+
+class BERTSelfAttention(nn.Module):
+    """``LN(x)`` projected to w, and the heads' attention. Keys ``prenorm.*``, ``qkv.weight``."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, **factory: Any) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.prenorm = nn.LayerNorm(dim, **factory)
+        self.qkv = nn.Linear(dim, dim, bias=False, **factory)
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return attend(self.qkv(self.prenorm(x)), self.heads, seen, dropout)
+
+
+class BERTSelfOutput(nn.Module):
+    """``dense(o) + x``. Key ``dense.weight``."""
+
+    def __init__(self, dim: int, dropout: float, **factory: Any) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim, bias=False, **factory)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.dropout(self.dense(o)) + x
+
+
+class BERTOutput(nn.Module):
+    """``ISTA(LN(x))``, on :func:`crate_kernels.ista`. Keys ``prenorm.*``, ``weight``."""
+
+    def __init__(self, dim: int, step_size: float, lambd: float, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim, **factory))
+        nn.init.kaiming_uniform_(self.weight)
+        self.step_size, self.lambd = step_size, lambd
+        self.prenorm = nn.LayerNorm(dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ista(self.prenorm(x), self.weight, step_size=self.step_size, lambd=self.lambd)
+
+
+class BERTLayer(nn.Module):
+    """``x = x + MSSA(LN(x))``, ``x = ISTA(LN(x))``; x is (B, T, dim).
+
+    Keys: ``attention.self.*``, ``attention.output.*``, ``output.*``.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, dropout: float, step_size: float, lambd: float, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {
+                "self": BERTSelfAttention(dim, heads, dropout, **factory),
+                "output": BERTSelfOutput(dim, dropout, **factory),
+            }
+        )
+        self.output = BERTOutput(dim, step_size, lambd, **factory)
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """``seen`` (B, T), True for the tokens that others attend to; None for all."""
+        o = self.attention["self"](x, seen)
+        return self.output(self.attention["output"](o, x))
+
+
+class BERTEmbeddings(nn.Module):
+    """Word, position and token type, summed and normed. Positions pass over padding.
+
+    Keys: ``word_embeddings.weight``, ``position_embeddings.weight``,
+    ``token_type_embeddings.weight``, ``LayerNorm.*``.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        positions: int,
+        dim: int,
+        padding: int,
+        dropout: float,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.padding = padding
+        self.word_embeddings = nn.Embedding(vocab_size, dim, padding_idx=padding, **factory)
+        self.position_embeddings = nn.Embedding(positions, dim, padding_idx=padding, **factory)
+        self.token_type_embeddings = nn.Embedding(2, dim, **factory)
+        self.LayerNorm = nn.LayerNorm(dim, eps=1e-12, **factory)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, idx: Tensor, token_types: Tensor | None = None) -> Tensor:
+        counts = idx != self.padding
+        position = counts.cumsum(1) * counts + self.padding
+        x = self.word_embeddings(idx)
+        if token_types is None:
+            x = x + self.token_type_embeddings.weight[0]
+        else:
+            x = x + self.token_type_embeddings(token_types)
+        return self.dropout(self.LayerNorm(x + self.position_embeddings(position)))
+
+
+class BERTHead(nn.Module):
+    """``decoder(LN(gelu(dense(x))))``. Keys ``dense.*``, ``layer_norm.*``, ``decoder.*`` and
+    ``bias``, which is the decoder's."""
+
+    def __init__(self, vocab_size: int, dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim, **factory)
+        self.layer_norm = nn.LayerNorm(dim, eps=1e-12, **factory)
+        self.decoder = nn.Linear(dim, vocab_size, **factory)
+        self.bias = self.decoder.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.layer_norm(F.gelu(self.dense(x))))
+
+
+class CRATEBERT(nn.Module):
+    r"""Bidirectional CRATE: :math:`p(\mathrm{token}_t \mid \mathrm{all\ that\ is\ not\ masked})`.
+
+    Args:
+        vocab_size: number of tokens; RoBERTa's 50265 as published.
+        positions: rows of the table of positions, of which the first ``pad_token_id + 1`` go
+            unused: sequences may be ``positions - pad_token_id - 1`` long.
+        dim, depth, heads: width, number of layers, heads of dim / heads.
+        dropout: on the embeddings, attention maps and projections.
+        pad_token_id: the token of padding.
+        step_size, lambd: of ISTA.
+        device, dtype: of the parameters; "meta" makes none.
+
+    Raises:
+        ValueError: heads that do not divide dim; in forward, sequences of another rank or too
+            long, a mask or lengths of another shape, or both.
+
+    Source: arXiv 2311.13110. Keys: ``crate.embeddings.*``, ``crate.encoder.layer.{i}.*``,
+    ``lm_head.*``; ``lm_head.decoder.weight`` is the word embeddings. Initial values are from the
+    published distributions.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 50265,
+        positions: int = 512,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        dropout: float = 0.1,
+        pad_token_id: int = 1,
+        step_size: float = 0.1,
+        lambd: float = 0.1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        check_heads("CRATEBERT", heads, dim)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.context = positions - pad_token_id - 1
+        layers = [BERTLayer(dim, heads, dropout, step_size, lambd, **factory) for _ in range(depth)]
+        self.crate = nn.ModuleDict(
+            {
+                "embeddings": BERTEmbeddings(
+                    vocab_size, positions, dim, pad_token_id, dropout, **factory
+                ),
+                "encoder": nn.ModuleDict({"layer": nn.ModuleList(layers)}),
+            }
+        )
+        self.lm_head = BERTHead(vocab_size, dim, **factory)
+        self.apply(_initialise)
+        embeddings: Any = self.crate["embeddings"]
+        self.lm_head.decoder.weight = embeddings.word_embeddings.weight
+
+    def forward(
+        self,
+        idx: Tensor,
+        labels: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T), integers -> logits (B, T, vocab_size) and loss.
+
+        Args:
+            labels: (B, T); the loss is their mean cross-entropy in nats without those of -100,
+                None where no labels are.
+            attention_mask: (B, T), 0 for padding.
+            lengths: (B,) instead: the first lengths[b] tokens of item b are no padding.
+            token_types: (B, T), 0 or 1; 0 where None.
+
+        No token sees padding. Logits of padding mean nothing.
+        """
+        if idx.dim() != 2 or not 0 < idx.shape[1] <= self.context:
+            wanted = f"tokens of shape (B, T) with 0 < T <= {self.context}"
+            refuse("CRATEBERT", wanted, tuple(idx.shape))
+        seen = _seen(idx, attention_mask, lengths)
+        parts: Any = self.crate
+        x = parts["embeddings"](idx, token_types)
+        for layer in parts["encoder"]["layer"]:
+            x = layer(x, seen)
+        logits = self.lm_head(x)
+        if labels is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        return logits, loss
+
+
+def _seen(idx: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """(B, T): which tokens are no padding; None for all."""
+    if attention_mask is not None and lengths is not None:
+        refuse("CRATEBERT", "attention_mask or lengths", "both")
+    if attention_mask is not None:
+        if attention_mask.shape != idx.shape:
+            wanted = f"attention_mask of shape {tuple(idx.shape)}"
+            refuse("CRATEBERT", wanted, tuple(attention_mask.shape))
+        return attention_mask > 0
+    if lengths is None:
+        return None
+    if lengths.shape != idx.shape[:1]:
+        refuse("CRATEBERT", f"lengths of shape ({len(idx)},)", tuple(lengths.shape))
+    return torch.arange(idx.shape[1], device=idx.device) < lengths[:, None]
+
+
+def mask_tokens(
+    idx: Tensor,
+    vocab_size: int,
+    mask_token_id: int,
+    *,
+    maskable: Tensor | None = None,
+    probability: float = 0.15,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a masked language model reads and has to say: (inputs, labels), shaped as idx (B, T).
+
+    BERT's: of ``probability`` of the tokens (of those that are ``maskable``, (B, T)), 80 % become
+    the mask token, 10 % another at random, 10 % stay; labels are -100 elsewhere.
+    """
+    options: dict[str, Any] = {"device": idx.device, "generator": generator}
+    asked = torch.rand(idx.shape, **options) < probability
+    if maskable is not None:
+        asked &= maskable
+    labels = idx.masked_fill(~asked, IGNORED)
+    fate = torch.rand(idx.shape, **options)
+    other = torch.randint(vocab_size, idx.shape, **options)
+    inputs = torch.where(asked & (fate < 0.8), mask_token_id, idx)
+    return torch.where(asked & (fate >= 0.9), other, inputs), labels
+
+
+def crate_bert(vocab_size: int = 50265, **overrides: Any) -> CRATEBERT:
+    """CRATE-BERT base: width 768, depth 12, 12 heads of 64; 61.0 M parameters.
+
+    ``overrides`` are arguments of :class:`CRATEBERT`.
+    """
+    return CRATEBERT(vocab_size=vocab_size, **overrides)
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        module.weight[module.padding_idx].zero_()

@@ -1,0 +1,255 @@
+"""CRATE-BERT: published keys and arithmetic, padding, masking, and that it learns."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_equal_results, published_ista, published_mssa
+
+from crate_kernels import models
+from crate_kernels.models import bert
+
+SIZE = {"vocab_size": 11, "positions": 12, "dim": 12, "depth": 2, "heads": 3, "dropout": 0.0}
+PAD = 1
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return models.CRATEBERT(**{**SIZE, **options}).double()
+
+
+def tokens(lengths=(10, 7, 3)):
+    """Tokens padded to 10, labels for about half of them, and the attention mask."""
+    torch.manual_seed(1)
+    idx = torch.randint(2, 11, (len(lengths), 10))
+    mask = torch.arange(10) < torch.tensor(lengths)[:, None]
+    labels = torch.randint(11, idx.shape).masked_fill(~mask | (torch.rand(idx.shape) < 0.5), -100)
+    return idx.masked_fill(~mask, PAD), labels, mask
+
+
+def by_hand(state, idx, labels, token_types):
+    """The published forward, from the state dict alone, an item at a time without its padding."""
+
+    def norm(x, name, eps=1e-5):
+        return F.layer_norm(x, (12,), state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    logits, at = [], "crate.embeddings"
+    for ids, types in zip(idx, token_types, strict=True):
+        n = int((ids != PAD).sum())
+        x = state[f"{at}.word_embeddings.weight"][ids[:n]]
+        x = x + state[f"{at}.token_type_embeddings.weight"][types[:n]]
+        x = x + state[f"{at}.position_embeddings.weight"][2 : 2 + n]
+        x = norm(x, f"{at}.LayerNorm", 1e-12)[None]
+        for i in range(2):
+            layer = f"crate.encoder.layer.{i}"
+            own = f"{layer}.attention.self"
+            h = norm(x, f"{own}.prenorm")
+            dense = state[f"{layer}.attention.output.dense.weight"]
+            x = x + published_mssa(h, state[f"{own}.qkv.weight"], dense, heads=3)
+            u = norm(x, f"{layer}.output.prenorm")
+            x = published_ista(u, state[f"{layer}.output.weight"])
+        x = norm(F.gelu(linear(x, "lm_head.dense")), "lm_head.layer_norm", 1e-12)
+        logits.append(linear(x, "lm_head.decoder")[0])
+    wanted = torch.cat([row[: len(t)] for row, t in zip(labels, logits, strict=True)])
+    return logits, F.cross_entropy(torch.cat(logits), wanted, ignore_index=-100)
+
+
+@pytest.mark.parametrize("how", ["attention_mask", "lengths", "none"])
+def test_logits_loss_and_gradients_are_those_without_the_padding(how):
+    model = tiny()
+    idx, labels, mask = tokens((10, 10) if how == "none" else (10, 7, 3))
+    token_types = torch.randint(2, idx.shape)
+    options = {"attention_mask": mask, "lengths": mask.sum(1).int()}
+    given = {how: options[how]} if how in options else {}
+    logits, loss = model(idx, labels, token_types=token_types, **given)
+    loss.backward()
+    named = dict(model.named_parameters())
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in named.items()}
+    tied = {"lm_head.decoder.weight": "crate.embeddings.word_embeddings.weight"}
+    tied |= {"lm_head.decoder.bias": "lm_head.bias"}
+    state = {k: leaves[tied.get(k, k) if k not in leaves else k] for k in model.state_dict()}
+    want, want_loss = by_hand(state, idx, labels, token_types)
+    want_loss.backward()
+    got = {f"{b}": logits[b, : len(t)] for b, t in enumerate(want)}
+    grads = {n: p.grad for n, p in named.items()}
+    want_grads = {n: p.grad for n, p in leaves.items()}
+    assert_equal_results(
+        {"loss": loss, **got, **grads},
+        {"loss": want_loss, **{f"{b}": t for b, t in enumerate(want)}, **want_grads},
+        how,
+    )
+
+
+def test_what_padding_holds_changes_nothing():
+    model = tiny()
+    idx, labels, mask = tokens()
+    want, want_loss = model(idx, labels, lengths=mask.sum(1))
+    other = idx.masked_fill(~mask, 5)
+    got, loss = model(other, labels, lengths=mask.sum(1))
+    torch.testing.assert_close(got[mask], want[mask])
+    torch.testing.assert_close(loss, want_loss)
+    assert not torch.allclose(model(other)[0][mask], want[mask])  # no mask: they are seen
+
+
+def test_without_a_mask_the_attention_is_the_op(monkeypatch):
+    model, calls = tiny(dropout=0.3), []
+    op = bert.tied_attention
+    monkeypatch.setattr(bert, "tied_attention", lambda *a, **k: calls.append(1) or op(*a, **k))
+    idx, _, mask = tokens()
+    model.eval()(idx)
+    assert len(calls) == 2
+    model(idx, attention_mask=mask)
+    model.train()(idx)
+    assert len(calls) == 2
+
+
+def test_dropout_is_where_it_was_published():
+    model = tiny(dropout=0.5)
+    idx, _, mask = tokens()
+    torch.manual_seed(0)
+    first, second = (model(idx, attention_mask=mask)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    torch.testing.assert_close(
+        model(idx, attention_mask=mask)[0], tiny()(idx, attention_mask=mask)[0]
+    )
+    w = torch.randn(2, 5, 12, dtype=torch.float64)
+    many = torch.stack([bert.attend(w, 3, None, 0.5) for _ in range(2000)])
+    want, error = bert.attend(w, 3, None, 0.0), many.std(0) / 2000**0.5
+    assert ((many.mean(0) - want).abs() < 6 * error).all()
+
+
+def test_keys_and_shapes():
+    shapes = {k: tuple(v.shape) for k, v in tiny(depth=1).state_dict().items()}
+    norm = {"weight": (12,), "bias": (12,)}
+    layer = "crate.encoder.layer.0"
+    assert shapes == {
+        "crate.embeddings.word_embeddings.weight": (11, 12),
+        "crate.embeddings.position_embeddings.weight": (12, 12),
+        "crate.embeddings.token_type_embeddings.weight": (2, 12),
+        **{f"crate.embeddings.LayerNorm.{k}": v for k, v in norm.items()},
+        **{f"{layer}.attention.self.prenorm.{k}": v for k, v in norm.items()},
+        f"{layer}.attention.self.qkv.weight": (12, 12),
+        f"{layer}.attention.output.dense.weight": (12, 12),
+        f"{layer}.output.weight": (12, 12),
+        **{f"{layer}.output.prenorm.{k}": v for k, v in norm.items()},
+        "lm_head.bias": (11,),
+        "lm_head.dense.weight": (12, 12),
+        "lm_head.dense.bias": (12,),
+        **{f"lm_head.layer_norm.{k}": v for k, v in norm.items()},
+        "lm_head.decoder.weight": (11, 12),
+        "lm_head.decoder.bias": (11,),
+    }
+
+
+def test_published_size_and_what_is_tied():
+    model = models.crate_bert(device="meta")
+    assert sum(p.numel() for p in model.parameters()) == 60_912_729
+    assert model.context == 510 and all(p.is_meta for p in model.parameters())
+    source, target = tiny(), tiny()
+    with torch.no_grad():
+        for p in source.parameters():
+            p.normal_()
+    models.load_checkpoint(target, {f"module.{k}": v for k, v in source.state_dict().items()})
+    for model in (source, target):
+        head, words = model.lm_head, model.crate["embeddings"].word_embeddings
+        assert head.decoder.weight is words.weight and head.decoder.bias is head.bias
+    idx, _, _ = tokens()
+    assert torch.equal(source(idx)[0], target(idx)[0])
+
+
+def test_initial_values():
+    model = models.CRATEBERT(vocab_size=500, positions=130, dim=128, depth=1, heads=2)
+    embeddings = model.crate["embeddings"]
+    for weight in (
+        embeddings.word_embeddings.weight,
+        model.crate["encoder"]["layer"][0].attention["self"].qkv.weight,
+        model.lm_head.dense.weight,
+    ):
+        # The standard error of a standard deviation is std / sqrt(2 n); five of them, and the row
+        # of padding.
+        assert abs(weight.std().item() / 0.02 - 1) < 5 * (2 * weight.numel()) ** -0.5 + 2e-3
+    assert not embeddings.word_embeddings.weight[PAD].any()
+    assert not embeddings.position_embeddings.weight[PAD].any()
+    assert not model.lm_head.bias.any()
+
+
+def test_masking():
+    idx = torch.randint(3, 200, (400, 100), generator=torch.Generator().manual_seed(0))
+    maskable = torch.rand(idx.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    generator = torch.Generator().manual_seed(2)
+    inputs, labels = bert.mask_tokens(idx, 200, 2, maskable=maskable, generator=generator)
+    asked = labels != -100
+    assert torch.equal(labels[asked], idx[asked]) and not (asked & ~maskable).any()
+    assert torch.equal(inputs[~asked], idx[~asked])
+    count = int(asked.sum())
+
+    def near(found, expected, of):
+        return abs(found / of - expected) < 5 * (expected * (1 - expected) / of) ** 0.5
+
+    assert near(count, 0.15, int(maskable.sum()))
+    assert near(int((inputs[asked] == 2).sum()), 0.8, count)
+    same = int((inputs[asked] == idx[asked]).sum())
+    assert near(same, 0.1 + 0.1 / 200, count)
+    again = bert.mask_tokens(idx, 200, 2, maskable=maskable, generator=generator.manual_seed(2))
+    assert torch.equal(again[0], inputs) and torch.equal(again[1], labels)
+    everywhere = bert.mask_tokens(idx, 200, 2, probability=1.0)[1]
+    assert torch.equal(everywhere, idx)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: tiny(heads=5), "expected heads to divide"),
+        (lambda: tiny()(torch.ones(2, 11).long()), r"0 < T <= 10, got \(2, 11\)"),
+        (lambda: tiny()(torch.ones(3).long()), r"tokens of shape \(B, T\)"),
+        (
+            lambda: tiny()(tokens()[0], attention_mask=torch.ones(3, 9)),
+            r"attention_mask of shape \(3, 10\), got \(3, 9\)",
+        ),
+        (
+            lambda: tiny()(tokens()[0], lengths=torch.ones(2)),
+            r"lengths of shape \(3,\), got \(2,\)",
+        ),
+        (
+            lambda: tiny()(tokens()[0], lengths=torch.ones(3), attention_mask=torch.ones(3, 10)),
+            "attention_mask or lengths, got both",
+        ),
+    ],
+)
+def test_bad_input(call, words):
+    with pytest.raises(ValueError, match=f"CRATEBERT: .*{words}"):
+        call()
+
+
+def test_learns_python():
+    """Bytes of a module of the standard library, in windows of which some end early."""
+    text = torch.tensor(list(Path(argparse.__file__).read_bytes())) + 3
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "positions": 66, "dim": 64, "depth": 2, "heads": 2}
+    model = models.CRATEBERT(**sizes, dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(150):
+        start = torch.randint(len(text) - 64, (16, 1))
+        idx = text[start + torch.arange(64)]
+        lengths = torch.randint(32, 65, (16,))
+        real = torch.arange(64) < lengths[:, None]
+        idx = idx.masked_fill(~real, PAD)
+        inputs, labels = bert.mask_tokens(idx, 259, 2, maskable=real)
+        _, loss = model(inputs, labels, lengths=lengths)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    frequencies = text.bincount().float() / len(text)
+    entropy = -(frequencies * frequencies.clamp(min=1e-9).log()).sum().item()
+    assert losses[0] > 5  # ln 259 = 5.6
+    assert sum(losses[-20:]) / 20 < entropy  # better than what bytes there are
