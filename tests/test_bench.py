@@ -63,6 +63,9 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         if w.model == "crate_gpt":
             small = {"context": 12, "dim": 32, "depth": 2, "heads": 2}
             return models.crate_gpt(50, **small).to(device)
+        if w.model == "crate_bert":
+            small = {"positions": 14, "dim": 32, "depth": 2, "heads": 2, "dropout": 0.0}
+            return models.crate_bert(50, **small).to(device)
         return models.CRATE(num_classes=workloads.CLASSES, **sizes).to(device)
 
     monkeypatch.setattr(model_cases, "build_unfused", build)
@@ -86,6 +89,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         workloads.model("crate_base_patch8", "forward", 2, dtype="fp32"),
         workloads.model("crate_mae_base", "train", 17, dtype="fp32"),
         workloads.model("crate_gpt", "train", 17, dtype="fp32"),
+        workloads.model("crate_bert", "train", 17, dtype="fp32"),
     ],
     ids=lambda w: f"{w.suite} {w.label}",
 )

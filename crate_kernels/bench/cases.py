@@ -23,7 +23,7 @@ from ..overcomplete_ista.reference import (
 )
 from .check import Outputs
 from .decode_case import DecodeCase
-from .model_cases import EncoderCase, MaskedCase, ModelCase, TextCase, autocast
+from .model_cases import EncoderCase, MaskedCase, ModelCase, PaddedCase, TextCase, autocast
 from .peers import LAMBD, STEP_SIZE, Candidate
 from .roofline import cost
 from .timing import Step, input_sets
@@ -205,7 +205,7 @@ Case = LayerCase | DecodeCase | ModelCase
 def make_case(w: Workload, device: torch.device, seed: int) -> Case:
     generator = torch.Generator(device).manual_seed(seed)
     if w.suite == "model":
-        kinds = {"crate_mae_base": MaskedCase, "crate_gpt": TextCase}
+        kinds = {"crate_mae_base": MaskedCase, "crate_gpt": TextCase, "crate_bert": PaddedCase}
         return kinds.get(w.model, ModelCase).make(w, device, generator)
     if w.suite == "encoder":
         return EncoderCase.make(w, device, generator)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.bert import IGNORED
 from ..models.crate import Transformer
 from .check import Outputs
 from .peers import Candidate, build_unfused
@@ -196,7 +197,8 @@ class TextCase(ModelCase):
 
     def draw(self) -> None:
         base: Any = self.base
-        vocabulary, context = base.lm_head.out_features, base.context
+        head = getattr(base.lm_head, "decoder", base.lm_head)
+        vocabulary, context = head.out_features, base.context
         tokens = torch.randint(
             vocabulary, (self.w.batch, context + 1), device=self.device, generator=self.generator
         )
@@ -206,3 +208,26 @@ class TextCase(ModelCase):
     def _call(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits, loss = model(images, labels)
         return loss * (len(images) / self.w.batch), logits
+
+
+@dataclass
+class PaddedCase(TextCase):
+    """CRATE-BERT without dropout: sequences from half as long to full, each token predicted.
+
+    The outputs are the logits of what is no padding, the others zero.
+    """
+
+    def draw(self) -> None:
+        super().draw()
+        options: Any = {"device": self.device, "generator": self.generator}
+        batch, longest = self.images.shape
+        lengths = torch.randint(longest // 2, longest + 1, (batch, 1), **options)
+        # Labels count for nothing in padding: they tell the lengths, too.
+        self.labels.masked_fill_(torch.arange(longest, device=self.device) >= lengths, IGNORED)
+
+    def _call(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        real = labels != IGNORED
+        logits, loss = model(images, labels, lengths=real.sum(1, dtype=torch.int32))
+        # Each part of the batch has another number of tokens that count.
+        share = real.sum() / (self.labels != IGNORED).sum()
+        return loss * share, logits.masked_fill(~real[..., None], 0)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..library import autocast_dtype
+from ..models.bert import ALL, BERTOutput, BERTSelfAttention, Seen
 from ..models.crate import PreNorm, Transformer
 from ..models.gpt import CausalBlock
 from ..models.mae import MAEEncoderBlock
@@ -255,8 +256,8 @@ def sdpa_attention(w: Tensor, heads: int, causal: bool = False) -> Tensor:
 
 
 def _model(form: str, w: Workload, model: nn.Module) -> nn.Module:
-    if w.model == "crate_gpt":
-        return _gpt(form, w, model)
+    if w.model and MODELS[w.model].context:
+        return _text(form, w, model)
     if form in (OURS, LOW, PREPARED):
         from ..nn import fuse, prepare_for_inference
 
@@ -296,20 +297,51 @@ def _keep_narrow(model: nn.Module) -> None:
                     part.register_forward_hook(lambda _, args, out: narrow(out))
 
 
-def _gpt(form: str, w: Workload, model: nn.Module) -> nn.Module:
-    """CRATE-GPT is built on our ops: its peers are what it was made after."""
+def _text(form: str, w: Workload, model: nn.Module) -> nn.Module:
+    """Models of text are built on our ops: their peers are what they were made after."""
     if form in (LOW, PREPARED, YARDSTICK):
-        raise Unavailable(f"{form} is no form of crate_gpt")
-    if form != OURS:
-        for block in model.modules():
-            if isinstance(block, CausalBlock):
-                block.__class__ = PublishedCausalBlock
-                published: Any = block
-                published.narrow = form == NARROW
-                published.attention = (
-                    published_attention if form in ("eager", NARROW) else _sdpa(form, w)
-                )
+        raise Unavailable(f"{form} is no form of {w.model}")
+    if form == OURS:
+        return model
+    plain = form in ("eager", NARROW)
+    for module in model.modules():
+        published: Any = module
+        if isinstance(module, CausalBlock):
+            module.__class__ = PublishedCausalBlock
+            published.narrow = form == NARROW
+            published.attention = published_attention if plain else _sdpa(form, w)
+        if isinstance(module, BERTSelfAttention):
+            module.__class__ = PublishedBERTAttention
+            published.form = form
+        if isinstance(module, BERTOutput):
+            module.__class__ = PublishedBERTOutput
     return model
+
+
+class PublishedBERTAttention(BERTSelfAttention):
+    """The attention of CRATE-BERT as published, or by SDPA, with a mask for padding."""
+
+    form: str
+
+    def forward(self, x: Tensor, seen: Seen = ALL) -> Tensor:
+        w = self.qkv(self.prenorm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        assert seen.lengths is not None
+        mask = torch.arange(x.shape[1], device=x.device) < seen.lengths[:, None]
+        mask = mask[:, None, None]
+        if self.form in ("eager", NARROW):
+            s = torch.matmul(w, w.mT) * w.shape[-1] ** -0.5
+            o = torch.matmul(s.masked_fill(~mask, torch.finfo(s.dtype).min).softmax(-1), w)
+        else:
+            with _one_of_sdpa(self.form, w):
+                o = F.scaled_dot_product_attention(w, w, w, mask)
+        return o.transpose(1, 2).flatten(2)
+
+
+class PublishedBERTOutput(BERTOutput):
+    """The ISTA step of CRATE-BERT as published."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return published_ista(self.prenorm(x), self.weight)
 
 
 class PublishedCausalBlock(CausalBlock):
@@ -344,6 +376,8 @@ def build_unfused(w: Workload, device: torch.device) -> nn.Module:
     """The published model, on ``device``, in float32, freshly initialised."""
     from .. import models
 
+    if w.model == "crate_bert":
+        return models.crate_bert(positions=514, dropout=0.0).to(device)
     if MODELS[w.model].context:
         return getattr(models, w.model)().to(device)
     name = w.model.removesuffix("_patch8")

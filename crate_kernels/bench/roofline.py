@@ -109,7 +109,8 @@ def _model(w: Workload) -> tuple[Cost, Cost]:
     if shape.decoder:
         columns = (rows + w.batch * shape.tokens) * patch_width
     if shape.context:
-        layer, rows, patch_width = replace(layer, causal=True), w.batch * shape.context, 2  # int64
+        causal = w.model == "crate_gpt"  # of BERT as if there were no padding
+        layer, rows, patch_width = replace(layer, causal=causal), w.batch * shape.context, 2
         columns = rows * shape.vocabulary
     stem_and_head = 2 * columns * shape.width
     parameters, images = 4.0 * shape.parameters, 4 * rows * patch_width

@@ -43,6 +43,7 @@ MODELS = {
     "crate_alpha_base": ModelShape(768, 12, 12, 72_330_000, 128, True),
     "crate_mae_base": ModelShape(768, 12, 12, 44_640_000, 256, decoder=12),
     "crate_gpt": ModelShape(768, 12, 12, 60_700_000, 16, context=1024, vocabulary=50304),
+    "crate_bert": ModelShape(768, 12, 12, 60_910_000, 64, context=512, vocabulary=50265),
 }
 RATIO = 4  # columns of an overcomplete dictionary over its rows
 ENCODER_DEPTH = 2
@@ -200,6 +201,7 @@ H200: Set = {
     "family": (
         model("crate_mae_base", "train", target=1.8),
         model("crate_gpt", "train", target=1.7),
+        model("crate_bert", "train", target=1.7),
     ),
 }
 

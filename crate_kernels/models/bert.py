@@ -1,12 +1,13 @@
 """CRATE-BERT, the published masked language model of CRATE, with its keys and arithmetic.
 
 Published as a port to transformers (models/crate): RoBERTa's embeddings and head, layers of CRATE
-between them. ISTA runs on this library's op, MSSA too where no token is hidden and no dropout
-active.
+between them, on this library's ops. Attention runs in plain PyTorch where an attention_mask hides
+tokens anywhere, and where dropout is active on the CPU.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,16 +22,29 @@ from ..mssa.reference import merge_heads, split_heads
 IGNORED = -100  # a label that counts for nothing
 
 
-def attend(w: Tensor, heads: int, seen: Tensor | None, dropout: float) -> Tensor:
-    """softmax(s w_h w_h^T) w_h of each head: (B, T, heads*head_dim). ``seen`` (B, T): the keys."""
-    if seen is None and dropout == 0:
-        return tied_attention(w, heads=heads)
-    # Plain: here tied_attention(w, heads=heads, lengths=..., dropout=...) belongs.
+@dataclass(frozen=True)
+class Seen:
+    """The tokens that others attend to: the first ``lengths`` (B,), or those of ``mask`` (B, T)."""
+
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def attend(w: Tensor, heads: int, seen: Seen, dropout: float) -> Tensor:
+    """softmax(s w_h w_h^T) w_h of each head over the tokens seen: (B, T, heads*head_dim)."""
+    if seen.mask is None and (dropout == 0 or w.is_cuda):
+        return tied_attention(w, heads=heads, lengths=seen.lengths, dropout=dropout)
+    mask = seen.mask
+    if seen.lengths is not None:
+        mask = torch.arange(w.shape[1], device=w.device) < seen.lengths[:, None]
     wh = split_heads(w, heads)
     s = torch.matmul(wh, wh.mT) * wh.shape[-1] ** -0.5
-    if seen is not None:
-        s = s.masked_fill(~seen[:, None, None], torch.finfo(s.dtype).min)
+    if mask is not None:
+        s = s.masked_fill(~mask[:, None, None], torch.finfo(s.dtype).min)
     return merge_heads(torch.matmul(F.dropout(s.softmax(-1), dropout), wh))
+
+
+ALL = Seen()
 
 
 class BERTSelfAttention(nn.Module):
@@ -42,7 +56,7 @@ class BERTSelfAttention(nn.Module):
         self.prenorm = nn.LayerNorm(dim, **factory)
         self.qkv = nn.Linear(dim, dim, bias=False, **factory)
 
-    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen = ALL) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return attend(self.qkv(self.prenorm(x)), self.heads, seen, dropout)
 
@@ -91,8 +105,7 @@ class BERTLayer(nn.Module):
         )
         self.output = BERTOutput(dim, step_size, lambd, **factory)
 
-    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """``seen`` (B, T), True for the tokens that others attend to; None for all."""
+    def forward(self, x: Tensor, seen: Seen = ALL) -> Tensor:
         o = self.attention["self"](x, seen)
         return self.output(self.attention["output"](o, x))
 
@@ -216,8 +229,9 @@ class CRATEBERT(nn.Module):
         Args:
             labels: (B, T); the loss is their mean cross-entropy in nats without those of -100,
                 None where no labels are.
-            attention_mask: (B, T), 0 for padding.
-            lengths: (B,) instead: the first lengths[b] tokens of item b are no padding.
+            attention_mask: (B, T), 0 for padding, wherever it lies.
+            lengths: (B,) instead, int32 or int64: the first lengths[b] tokens of item b are no
+                padding. Faster: attention spares what lies past them.
             token_types: (B, T), 0 or 1; 0 where None.
 
         No token sees padding. Logits of padding mean nothing.
@@ -237,20 +251,17 @@ class CRATEBERT(nn.Module):
         return logits, loss
 
 
-def _seen(idx: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """(B, T): which tokens are no padding; None for all."""
+def _seen(idx: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Seen:
     if attention_mask is not None and lengths is not None:
         refuse("CRATEBERT", "attention_mask or lengths", "both")
     if attention_mask is not None:
         if attention_mask.shape != idx.shape:
             wanted = f"attention_mask of shape {tuple(idx.shape)}"
             refuse("CRATEBERT", wanted, tuple(attention_mask.shape))
-        return attention_mask > 0
-    if lengths is None:
-        return None
-    if lengths.shape != idx.shape[:1]:
+        return Seen(mask=attention_mask > 0)
+    if lengths is not None and lengths.shape != idx.shape[:1]:
         refuse("CRATEBERT", f"lengths of shape ({len(idx)},)", tuple(lengths.shape))
-    return torch.arange(idx.shape[1], device=idx.device) < lengths[:, None]
+    return Seen(lengths)
 
 
 def mask_tokens(
