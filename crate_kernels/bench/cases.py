@@ -19,6 +19,7 @@ from ..mssa.reference import (
     tied_attention_reference,
     tied_attention_reference_backward,
 )
+from . import masks
 from .check import Outputs
 from .peers import LAMBD, STEP_SIZE, Candidate, build_unfused
 from .roofline import cost
@@ -30,6 +31,7 @@ LEAVES = {
     "core": ("w",),
     "mssa": ("x", "w_qkv", "w_out", "b_out"),
     "ista": ("x", "weight"),
+    "masks": ("w",),
 }
 
 
@@ -40,8 +42,12 @@ def autocast(w: Workload, device: torch.device) -> contextlib.AbstractContextMan
     return torch.autocast(device.type, dtype=w.torch_dtype)
 
 
+def _at_once(w: Workload) -> int:
+    return max(1, MAX_SCORES // (w.heads * w.tokens**2))
+
+
 def _chunks(w: Workload) -> Iterator[slice]:
-    per_chunk = max(1, MAX_SCORES // (w.heads * w.tokens**2))
+    per_chunk = _at_once(w)
     for start in range(0, w.batch, per_chunk):
         yield slice(start, start + per_chunk)
 
@@ -58,6 +64,7 @@ class LayerCase:
     weights: list[Tensor]
     inputs: list[Tensor]
     upstream: list[Tensor]
+    others: list[Tensor] = field(default_factory=list)  # arguments without a gradient
     built: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     @staticmethod
@@ -69,10 +76,14 @@ class LayerCase:
         def normal(dtype: torch.dtype, *shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(shape, device=device, generator=generator)).to(dtype)
 
-        inner, rows = w.heads * w.head_dim, (w.batch, w.tokens)
+        inner = w.heads * w.head_dim
+        rows: tuple[int, ...] = (w.batch, w.tokens)
+        if w.sequences == "packed":
+            rows = (sum(masks.lengths_of(w)),)
         # As initialised and normed in a model: Linear's and kaiming's bounds, w of variance 1/3.
         weights = {
             "core": lambda: [],
+            "masks": lambda: [],
             "mssa": lambda: [
                 uniform(w.width**-0.5, inner, w.width),
                 uniform(inner**-0.5, w.width, inner),
@@ -80,14 +91,20 @@ class LayerCase:
             ],
             "ista": lambda: [uniform((6 / w.width) ** 0.5, w.width, w.width)],
         }[w.suite]()
-        width, std = (inner, 3**-0.5) if w.suite == "core" else (w.width, 1.0)
+        core = w.suite in ("core", "masks")
+        width, std = (inner, 3**-0.5) if core else (w.width, 1.0)
         sets = input_sets(cost(w).bytes, device)
         y_dtype = w.storage_dtype if w.suite == "ista" else w.torch_dtype
         inputs = [
             normal(w.storage_dtype, *rows, width, std=std).requires_grad_() for _ in range(sets)
         ]
         upstream = [normal(y_dtype, *rows, width) for _ in range(sets)]
-        return LayerCase(w, device, weights, inputs, upstream)
+        case = LayerCase(w, device, weights, inputs, upstream)
+        if w.sequences:
+            case.others = [masks.sequences_of(w, device)]
+            for dy in upstream:  # padding has no gradient
+                case._without_padding(dy)
+        return case
 
     @property
     def sets(self) -> int:
@@ -111,7 +128,7 @@ class LayerCase:
 
         def forward() -> Tensor:
             with autocast(self.w, self.device):
-                return function(*leaves)
+                return function(*leaves, *self.others)
 
         def inference() -> Tensor:
             with torch.no_grad():
@@ -130,11 +147,17 @@ class LayerCase:
         leaves, dy = [self.inputs[0], *self.weights], self.upstream[0]
         with_gradients = self.w.mode != "forward"
         with torch.set_grad_enabled(with_gradients), autocast(self.w, self.device):
-            y = function(*leaves)
+            y = function(*leaves, *self.others)
         if not with_gradients:
-            return {"output": y}
+            return {"output": self._without_padding(y)}
         gradients = torch.autograd.grad(y, leaves, dy)
-        return {"output": y.detach(), **dict(zip(self._gradient_names(), gradients, strict=True))}
+        output = self._without_padding(y.detach())
+        return {"output": output, **dict(zip(self._gradient_names(), gradients, strict=True))}
+
+    def _without_padding(self, t: Tensor) -> Tensor:
+        """``t``, its rows past the lengths made zero in place: peers leave there what they like."""
+        past = masks.past_the_lengths(self.w, self.others[0]) if self.w.sequences else None
+        return t if past is None else t.masked_fill_(past, 0)
 
     def _gradient_names(self) -> list[str]:
         return [f"d{name}" for name in LEAVES[self.w.suite]]
@@ -146,16 +169,22 @@ class LayerCase:
         if self.w.suite == "ista":
             self._keep_off_the_threshold(weights[0])
         y, gradients = [], []
-        for part in _chunks(self.w):
+        for part, options in self._parts():
             x, dy = self.inputs[0][part].double(), self.upstream[0][part].double()
-            y.append(self._reference_forward(x, *weights))
+            y.append(self._reference_forward(x, *weights, **options))
             if self.w.mode != "forward":
-                gradients.append(self._reference_backward(dy, x, *weights))
+                gradients.append(self._reference_backward(dy, x, *weights, **options))
         result = {"output": torch.cat(y)}
         for i, name in enumerate(self._gradient_names() if gradients else ()):
             parts = [g[i] for g in gradients]
             result[name] = torch.cat(parts) if i == 0 else torch.stack(parts).sum(0)
         return result
+
+    def _parts(self) -> Iterator[tuple[slice, dict[str, Any]]]:
+        if self.w.sequences:
+            yield from masks.parts(self.w, self.others[0], _at_once(self.w))
+        else:
+            yield from ((part, {}) for part in _chunks(self.w))
 
     def _keep_off_the_threshold(self, weight: Tensor) -> None:
         """No gradient where the ReLU's input is within rounding of 0: either side is right."""
@@ -164,19 +193,22 @@ class LayerCase:
         near = before.abs() < 16 * torch.finfo(self.w.torch_dtype).eps
         self.upstream[0].masked_fill_(near, 0)
 
-    def _reference_forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+    def _reference_forward(self, x: Tensor, *weights: Tensor, **masks: Any) -> Tensor:
         if self.w.suite == "ista":
             return ista_reference(x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
-        function = tied_attention_reference if self.w.suite == "core" else mssa_reference
-        return function(x, *weights, heads=self.w.heads, causal=self.w.causal)
+        options: Any = {"heads": self.w.heads, "causal": self.w.causal, **masks}
+        function = mssa_reference if self.w.suite == "mssa" else tied_attention_reference
+        return function(x, *weights, **options)
 
-    def _reference_backward(self, dy: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def _reference_backward(
+        self, dy: Tensor, x: Tensor, *weights: Tensor, **masks: Any
+    ) -> tuple[Tensor, ...]:
         if self.w.suite == "ista":
             return ista_reference_backward(dy, x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
-        heads, causal = self.w.heads, self.w.causal
-        if self.w.suite == "core":
-            return (tied_attention_reference_backward(dy, x, heads=heads, causal=causal),)
-        gradients = mssa_reference_backward(dy, x, *weights, heads=heads, causal=causal)
+        options: Any = {"heads": self.w.heads, "causal": self.w.causal, **masks}
+        if self.w.suite != "mssa":
+            return (tied_attention_reference_backward(dy, x, **options),)
+        gradients = mssa_reference_backward(dy, x, *weights, **options)
         return tuple(g for g in gradients if g is not None)
 
 

@@ -22,7 +22,7 @@ LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, backend_names = parser.add_argument, ("auto", *backends.BACKENDS)
     add("--suite", nargs="+", default=["all"], choices=("all", *SUITES, "cpu"),
-        help="all: core, mssa, ista and model; cpu: model on the CPU")
+        help="all: core, mssa, ista, masks and model; cpu: model on the CPU")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--mode", nargs="+", choices=MODES,
         help="layers: forward, backward, forward+backward; model: forward, train")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=tuple(DTYPES), help="default: bf16; cpu: fp32")
     add("--autocast", action="store_true",
         help="layers: float32 tensors under autocast to the dtype (models always are)")
-    add("--causal", action="store_true", help="core and mssa")
+    add("--causal", action="store_true", help="core, mssa and masks")
     add("--backend", choices=backend_names, default="auto", help="of our ops")
     add("--peers", nargs="+", choices=all_names(), metavar="PEER",
         help=f"instead of the suite's own, out of: {', '.join(all_names())}")
@@ -128,7 +128,8 @@ def _changed(
 
 def _refuse_what_has_no_effect(args: argparse.Namespace, suites: set[str]) -> None:
     """Options that none of the suites to be run knows."""
-    layers, attention = {"core", "mssa", "ista"}, {"core", "mssa"}
+    layers = {"core", "mssa", "ista", "masks"}
+    attention = layers - {"ista"}
     takers = dict.fromkeys(("tokens", "heads", "head_dim", "width", "autocast"), layers)
     takers |= {"causal": attention, "model": {"model"}}
     for name, known in takers.items():

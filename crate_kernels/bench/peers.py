@@ -5,6 +5,7 @@ compile        that under torch.compile
 sdpa           its attention through F.scaled_dot_product_attention(w, w, w)
 sdpa-cudnn     the same by that one backend of SDPA
 sdpa-flash
+sdpa-looped    SDPA once for each length, of packed sequences (masks.py)
 crate_kernels  ours; of a model: after fuse(model)
 crate_kernels-low  a model after fuse(model, memory="low")
 eager-narrow   no peer but the measure of a model's errors: the published form with its tokens in
@@ -27,10 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..library import autocast_dtype
 from ..models.crate import PreNorm, Transformer
+from . import masks
 from .workloads import Workload
 
 OURS, YARDSTICK = "crate_kernels", "cublas"
 LOW, NARROW = f"{OURS}-low", "eager-narrow"
+LOOPED = "sdpa-looped"
 STEP_SIZE, LAMBD = 0.1, 0.1
 
 # The default candidates of each suite, on CUDA and on the CPU.
@@ -39,16 +42,18 @@ CANDIDATES = {
         "core": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
         "mssa": ("eager", "sdpa+compile", OURS),
         "ista": ("eager", "compile", YARDSTICK, OURS),
+        "masks": ("eager", "sdpa", "sdpa+compile", "sdpa-looped", OURS),
         "model": ("eager", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
     },
     "cpu": {
         "core": ("eager", "sdpa", OURS),
         "mssa": ("eager", "sdpa", OURS),
         "ista": ("eager", OURS),
+        "masks": ("eager", "sdpa", "sdpa-looped", OURS),
         "model": ("eager", "sdpa", OURS),
     },
 }
-NAMES = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, LOW, YARDSTICK)
+NAMES = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", LOOPED, OURS, LOW, YARDSTICK)
 
 
 class Unavailable(Exception):
@@ -101,6 +106,8 @@ def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
         return _ista(form, w, backend)
     if form == YARDSTICK:
         raise Unavailable("a yardstick for ISTA alone")
+    if w.suite == "masks":
+        return _masks(form, w, backend)
     if form == OURS:
         from ..mssa.op import mssa as fused_mssa
         from ..mssa.op import tied_attention
@@ -119,6 +126,22 @@ def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
         return F.linear(attention(F.linear(x, w_qkv), w.heads, w.causal), w_out, b_out)
 
     return mssa
+
+
+def _masks(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
+    """A function of the tokens and of what tells the lengths."""
+    packed = w.sequences == "packed"
+    if form == OURS:
+        return masks.ours(w, backend)
+    if form == "eager" and packed:
+        return masks.looped(lambda t: published_attention(t, w.heads, w.causal), w)
+    if form == "eager":
+        return masks.masked(lambda t, seen: masks.published_masked(t, w.heads, seen), w)
+    if form == "sdpa":
+        return masks.masked(lambda t, seen: masks.sdpa_masked(t, w.heads, seen), w)
+    if form == LOOPED and packed:
+        return masks.looped(lambda t: sdpa_attention(t, w.heads, w.causal), w)
+    raise Unavailable(f"{form} does not take {w.sequences} sequences")
 
 
 def _ista(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
@@ -162,6 +185,8 @@ def _sdpa(form: str, w: Workload) -> Callable[..., Tensor]:
     named = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
     if form == "sdpa":
         return sdpa_attention
+    if form == LOOPED:
+        raise Unavailable(f"{form} takes sequences of several lengths")
 
     def attention(t: Tensor, heads: int, causal: bool = False) -> Tensor:
         if not t.is_cuda:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-SUITES = ("core", "mssa", "ista", "model")
+SUITES = ("core", "mssa", "ista", "masks", "model")
 MODES = ("forward", "backward", "forward+backward", "train")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,7 +36,9 @@ class Workload:
     """One row group of the tables: an op or model, a shape, a dtype and what is timed.
 
     suite    core: tied_attention on w (batch, tokens, heads*head_dim); mssa and ista: the layers
-             without norm and residual on x (batch, tokens, width); model: a whole CRATE.
+             without norm and residual on x (batch, tokens, width); masks: core on sequences of
+             several lengths; model: a whole CRATE.
+    sequences  of masks: padded or packed (masks.py).
     mode     forward (no gradient wanted), backward (alone: every gradient from that of the
              output), forward+backward, train (model: forward, backward, fused AdamW).
     dtype    of every tensor; with autocast, tensors are float32 and dtype is autocast's. Models
@@ -54,6 +56,7 @@ class Workload:
     head_dim: int = 64
     width: int = 768
     causal: bool = False
+    sequences: str = ""
     dtype: str = "bf16"
     autocast: bool = False
     model: str = ""
@@ -65,7 +68,7 @@ class Workload:
     def label(self) -> str:
         parts = [self.shape, self.dtype]
         parts += ["autocast"] * (self.autocast and self.suite != "model")
-        parts += ["causal"] * (self.causal and self.suite in ("core", "mssa"))
+        parts += ["causal"] * (self.causal and self.suite in ("core", "mssa", "masks"))
         return " ".join([*parts, self.mode])
 
     @property
@@ -76,8 +79,10 @@ class Workload:
             "core": (self.batch, self.tokens, self.heads, self.head_dim),
             "mssa": (self.batch, self.tokens, self.width, self.heads, self.head_dim),
             "ista": (self.batch, self.tokens, self.width),
+            "masks": (self.batch, self.tokens, self.heads, self.head_dim),
         }[self.suite]
-        return "x".join(str(size) for size in sizes)
+        shape = "x".join(str(size) for size in sizes)
+        return f"{shape} {self.sequences}" if self.sequences else shape
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -98,6 +103,12 @@ def core(
         replace(shape, target=forward or None),
         replace(shape, mode="backward", target=backward or None),
     )
+
+
+def masks(batch: int, tokens: int, heads: int, sequences: str, **kw: Any) -> tuple[Workload, ...]:
+    """Forward and backward of sequences of several lengths."""
+    shape = Workload("masks", "forward", batch, tokens, heads, sequences=sequences, **kw)
+    return shape, replace(shape, mode="backward")
 
 
 def model(name: str, mode: str, batch: int = 0, **kw: Any) -> Workload:
@@ -126,6 +137,7 @@ H200: Set = {
         Workload("ista", "forward", 128, target=2.2, most=1.15),
         Workload("ista", "forward+backward", 128, target=2.3, most=1.2),
     ),
+    "masks": (*masks(64, 512, 12, "padded"), *masks(64, 197, 6, "packed")),
     "model": (
         model("crate_base", "train", target=2.0),
         model("crate_base", "forward", target=1.8),
@@ -145,6 +157,7 @@ CPU: Set = {
         Workload("ista", mode, 8, width=384, dtype="fp32")
         for mode in ("forward", "forward+backward")
     ),
+    "masks": masks(8, 197, 6, "padded", dtype="fp32"),
     "model": tuple(
         model("crate_tiny", mode, 8, dtype="fp32", versus="eager", target=1.5)
         for mode in ("forward", "train")
@@ -155,12 +168,14 @@ QUICK_CUDA: Set = {
     "core": H200["core"][:4],
     "mssa": H200["mssa"][1:],
     "ista": H200["ista"],
+    "masks": H200["masks"],
     "model": (model("crate_tiny", "train", 64),),
 }
 QUICK_CPU: Set = {
     "core": core(2, 50, 3, 0, 0, dtype="fp32"),
     "mssa": (Workload("mssa", "forward+backward", 2, 50, 3, width=192, dtype="fp32"),),
     "ista": (Workload("ista", "forward+backward", 2, width=192, dtype="fp32"),),
+    "masks": (*masks(2, 50, 3, "padded", dtype="fp32"), *masks(1, 50, 3, "packed", dtype="fp32")),
     "model": (model("crate_tiny", "forward", 2, dtype="fp32", versus="eager"),),
 }
 
