@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crate_kernels import bench
 from crate_kernels.__main__ import main
-from crate_kernels.bench import options, peers, roofline, workloads
+from crate_kernels.bench import masks, options, peers, roofline, workloads
 from crate_kernels.bench.peers import build_unfused
 from crate_kernels.bench.run import Result
 from crate_kernels.bench.workloads import MODELS, Workload
@@ -204,6 +204,16 @@ def test_costs_are_those_counted_by_hand(
 def test_a_causal_core_needs_the_lower_triangle() -> None:
     w = Workload("core", "forward", 2, 3, 2, 4, causal=True)
     assert roofline.cost(w) == roofline.Cost(2 * 24 * 4 * 2, 2 * 48 * 2, 24)
+
+
+def test_masks_count_the_lengths_that_there_are() -> None:
+    w = Workload("masks", "forward", 1, 50, 2, 4, sequences="packed", dtype="fp32")
+    pairs, rows = 2 * (2 * 50**2 + 8 * 37**2), 2 * 50 + 8 * 37
+    assert roofline.cost(w) == roofline.Cost(2 * 2 * pairs * 4, 2 * rows * 8 * 4, pairs)
+    padded = replace(w, sequences="padded", batch=20)
+    lengths = masks.lengths_of(padded)
+    assert len(lengths) == 20 and 1 <= min(lengths) < max(lengths) <= 50
+    assert roofline.cost(padded).exponentials == 2 * sum(n * n for n in lengths)
 
 
 def test_the_floor_is_the_slowest_of_the_three() -> None:

@@ -21,6 +21,7 @@ from ..overcomplete_ista.reference import (
     overcomplete_ista_reference,
     overcomplete_ista_reference_backward,
 )
+from . import masks
 from .check import Outputs
 from .decode_case import DecodeCase
 from .model_cases import EncoderCase, MaskedCase, ModelCase, PaddedCase, TextCase, autocast
@@ -35,6 +36,7 @@ LEAVES = {
     "mssa": ("x", "w_qkv", "w_out", "b_out"),
     "ista": ("x", "weight"),
     "overcomplete": ("x", "dictionary", "decoder"),
+    "masks": ("w",),
 }
 
 ISTAS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
@@ -43,8 +45,12 @@ ISTAS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
 }
 
 
+def _at_once(w: Workload) -> int:
+    return max(1, MAX_SCORES // (w.heads * w.tokens**2))
+
+
 def _chunks(w: Workload) -> Iterator[slice]:
-    per_chunk = max(1, MAX_SCORES // (w.heads * w.tokens**2))
+    per_chunk = _at_once(w)
     for start in range(0, w.batch, per_chunk):
         yield slice(start, start + per_chunk)
 
@@ -61,6 +67,7 @@ class LayerCase:
     weights: list[Tensor]
     inputs: list[Tensor]
     upstream: list[Tensor]
+    others: list[Tensor] = field(default_factory=list)  # arguments without a gradient
     built: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     @staticmethod
@@ -72,10 +79,14 @@ class LayerCase:
         def normal(dtype: torch.dtype, *shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(shape, device=device, generator=generator)).to(dtype)
 
-        inner, rows = w.heads * w.head_dim, (w.batch, w.tokens)
+        inner = w.heads * w.head_dim
+        rows: tuple[int, ...] = (w.batch, w.tokens)
+        if w.sequences == "packed":
+            rows = (sum(masks.lengths_of(w)),)
         # As initialised and normed in a model: Linear's and kaiming's bounds, w of variance 1/3.
         weights = {
             "core": lambda: [],
+            "masks": lambda: [],
             "mssa": lambda: [
                 uniform(w.width**-0.5, inner, w.width),
                 uniform(inner**-0.5, w.width, inner),
@@ -86,14 +97,20 @@ class LayerCase:
                 uniform((6 / (RATIO * w.width)) ** 0.5, w.width, RATIO * w.width) for _ in range(2)
             ],
         }[w.suite]()
-        width, std = (inner, 3**-0.5) if w.suite == "core" else (w.width, 1.0)
+        core = w.suite in ("core", "masks")
+        width, std = (inner, 3**-0.5) if core else (w.width, 1.0)
         sets = input_sets(cost(w).bytes, device)
         y_dtype = w.storage_dtype if w.suite == "ista" else w.torch_dtype
         inputs = [
             normal(w.storage_dtype, *rows, width, std=std).requires_grad_() for _ in range(sets)
         ]
         upstream = [normal(y_dtype, *rows, width) for _ in range(sets)]
-        return LayerCase(w, device, weights, inputs, upstream)
+        case = LayerCase(w, device, weights, inputs, upstream)
+        if w.sequences:
+            case.others = [masks.sequences_of(w, device)]
+            for dy in upstream:  # padding has no gradient
+                case._without_padding(dy)
+        return case
 
     @property
     def sets(self) -> int:
@@ -117,7 +134,7 @@ class LayerCase:
 
         def forward() -> Tensor:
             with autocast(self.w, self.device):
-                return function(*leaves)
+                return function(*leaves, *self.others)
 
         def inference() -> Tensor:
             with torch.no_grad():
@@ -136,11 +153,17 @@ class LayerCase:
         leaves, dy = [self.inputs[0], *self.weights], self.upstream[0]
         with_gradients = self.w.mode != "forward"
         with torch.set_grad_enabled(with_gradients), autocast(self.w, self.device):
-            y = function(*leaves)
+            y = function(*leaves, *self.others)
         if not with_gradients:
-            return {"output": y}
+            return {"output": self._without_padding(y)}
         gradients = torch.autograd.grad(y, leaves, dy)
-        return {"output": y.detach(), **dict(zip(self._gradient_names(), gradients, strict=True))}
+        output = self._without_padding(y.detach())
+        return {"output": output, **dict(zip(self._gradient_names(), gradients, strict=True))}
+
+    def _without_padding(self, t: Tensor) -> Tensor:
+        """``t``, its rows past the lengths made zero in place: peers leave there what they like."""
+        past = masks.past_the_lengths(self.w, self.others[0]) if self.w.sequences else None
+        return t if past is None else t.masked_fill_(past, 0)
 
     def _gradient_names(self) -> list[str]:
         return [f"d{name}" for name in LEAVES[self.w.suite]]
@@ -154,16 +177,22 @@ class LayerCase:
         if self.w.suite == "overcomplete" and self.w.torch_dtype.itemsize >= 4:
             self._keep_off_the_thresholds(weights[0])
         y, gradients = [], []
-        for part in _chunks(self.w):
+        for part, options in self._parts():
             x, dy = self.inputs[0][part].double(), self.upstream[0][part].double()
-            y.append(self._reference_forward(x, *weights))
+            y.append(self._reference_forward(x, *weights, **options))
             if self.w.mode != "forward":
-                gradients.append(self._reference_backward(dy, x, *weights))
+                gradients.append(self._reference_backward(dy, x, *weights, **options))
         result = {"output": torch.cat(y)}
         for i, name in enumerate(self._gradient_names() if gradients else ()):
             parts = [g[i] for g in gradients]
             result[name] = torch.cat(parts) if i == 0 else torch.stack(parts).sum(0)
         return result
+
+    def _parts(self) -> Iterator[tuple[slice, dict[str, Any]]]:
+        if self.w.sequences:
+            yield from masks.parts(self.w, self.others[0], _at_once(self.w))
+        else:
+            yield from ((part, {}) for part in _chunks(self.w))
 
     def _keep_off_the_threshold(self, weight: Tensor) -> None:
         """No gradient where the ReLU's input is within rounding of 0: either side is right."""
@@ -183,19 +212,22 @@ class LayerCase:
             nearest = torch.minimum(first.abs(), second.abs()).amin(-1, keepdim=True)
             dy.masked_fill_(nearest < 16 * torch.finfo(self.w.torch_dtype).eps, 0)
 
-    def _reference_forward(self, x: Tensor, *weights: Tensor) -> Tensor:
+    def _reference_forward(self, x: Tensor, *weights: Tensor, **masks: Any) -> Tensor:
         if self.w.suite in ISTAS:
             return ISTAS[self.w.suite][0](x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
-        function = tied_attention_reference if self.w.suite == "core" else mssa_reference
-        return function(x, *weights, heads=self.w.heads, causal=self.w.causal)
+        options: Any = {"heads": self.w.heads, "causal": self.w.causal, **masks}
+        function = mssa_reference if self.w.suite == "mssa" else tied_attention_reference
+        return function(x, *weights, **options)
 
-    def _reference_backward(self, dy: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def _reference_backward(
+        self, dy: Tensor, x: Tensor, *weights: Tensor, **masks: Any
+    ) -> tuple[Tensor, ...]:
         if self.w.suite in ISTAS:
             return ISTAS[self.w.suite][1](dy, x, *weights, step_size=STEP_SIZE, lambd=LAMBD)
-        heads, causal = self.w.heads, self.w.causal
-        if self.w.suite == "core":
-            return (tied_attention_reference_backward(dy, x, heads=heads, causal=causal),)
-        gradients = mssa_reference_backward(dy, x, *weights, heads=heads, causal=causal)
+        options: Any = {"heads": self.w.heads, "causal": self.w.causal, **masks}
+        if self.w.suite != "mssa":
+            return (tied_attention_reference_backward(dy, x, **options),)
+        gradients = mssa_reference_backward(dy, x, *weights, **options)
         return tuple(g for g in gradients if g is not None)
 
 

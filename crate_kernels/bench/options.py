@@ -15,7 +15,7 @@ from .peers import CANDIDATES, OURS, Candidate, all_names, candidate, default_na
 from .workloads import DTYPES, MODELS, MODES, SUITES, Workload, named_set
 
 SIZES = ("batch", "tokens", "heads", "head_dim", "width")
-ATTENTION = {"core", "mssa"}
+ATTENTION = {"core", "mssa", "masks"}
 LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
 
 
@@ -23,8 +23,9 @@ LAYER_MODES, MODEL_MODES = MODES[:3], ("forward", "train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, backend_names = parser.add_argument, ("auto", *backends.BACKENDS)
     add("--suite", nargs="+", default=["all"], choices=("all", *SUITES, "cpu"),
-        help="all: these but cpu; decode: a step of generation; latency: a batch of one; scaling: "
-        "over tokens and width; alpha: CRATE-alpha, its ISTA and a model; cpu: model on the CPU")
+        help="all: these but cpu; masks: core on sequences of several lengths; decode: a step of "
+        "generation; latency: a batch of one; scaling: over tokens and width; alpha, family: "
+        "CRATE-alpha, -MAE, -GPT, -BERT; cpu: model on the CPU")
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--mode", nargs="+", choices=MODES,
         help="layers: forward, backward, forward+backward; decode: forward; "
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=tuple(DTYPES), help="default: bf16; cpu: fp32")
     add("--autocast", action="store_true",
         help="layers: float32 tensors under autocast to the dtype (models always are)")
-    add("--causal", action="store_true", help="core and mssa")
+    add("--causal", action="store_true", help="core, mssa and masks")
     add("--backend", choices=backend_names, default="auto", help="of our ops")
     add("--peers", nargs="+", choices=all_names(), metavar="PEER",
         help=f"instead of the suite's own, out of: {', '.join(all_names())}")

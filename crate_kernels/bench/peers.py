@@ -5,6 +5,7 @@ compile        that under torch.compile
 sdpa           its attention through F.scaled_dot_product_attention(w, w, w)
 sdpa-cudnn     the same by that one backend of SDPA
 sdpa-flash
+sdpa-looped    SDPA once for each length, of packed sequences (masks.py)
 crate_kernels  ours; of a model: after fuse(model)
 crate_kernels-low  a model after fuse(model, memory="low")
 eager-narrow   no peer but the measure of a model's errors: the published form with its tokens in
@@ -33,10 +34,12 @@ from ..models.bert import ALL, BERTOutput, BERTSelfAttention, Seen
 from ..models.crate import PreNorm, Transformer
 from ..models.gpt import CausalBlock
 from ..models.mae import MAEEncoderBlock
+from . import masks
 from .workloads import MODELS, Workload
 
 OURS, YARDSTICK = "crate_kernels", "cublas"
 LOW, PREPARED, NARROW = f"{OURS}-low", f"{OURS}-prepared", "eager-narrow"
+LOOPED = "sdpa-looped"
 STEP_SIZE, LAMBD = 0.1, 0.1
 
 # The default candidates of each suite, on CUDA and on the CPU; alpha: of models of CRATE-alpha,
@@ -47,6 +50,7 @@ CANDIDATES = {
         "mssa": ("eager", "sdpa+compile", OURS),
         "ista": ("eager", "compile", YARDSTICK, OURS),
         "decode": ("eager", "sdpa-cudnn", "sdpa-flash", OURS),
+        "masks": ("eager", "sdpa", "sdpa+compile", "sdpa-looped", OURS),
         "model": ("eager", "sdpa+compile", OURS, LOW, f"{OURS}+compile"),
         "latency": ("sdpa+compile", OURS, PREPARED),
         "encoder": ("sdpa+compile", OURS, LOW),
@@ -58,13 +62,15 @@ CANDIDATES = {
         "mssa": ("eager", "sdpa", OURS),
         "ista": ("eager", OURS),
         "decode": ("eager", "sdpa", OURS),
+        "masks": ("eager", "sdpa", "sdpa-looped", OURS),
         "model": ("eager", "sdpa", OURS),
         "encoder": ("eager", "sdpa", OURS),
         "overcomplete": ("eager", OURS),
         "alpha": ("eager", "sdpa", OURS),
     },
 }
-NAMES = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", OURS, LOW, PREPARED, YARDSTICK)
+PEERS = ("eager", NARROW, "sdpa", "sdpa-cudnn", "sdpa-flash", LOOPED)
+NAMES = (*PEERS, OURS, LOW, PREPARED, YARDSTICK)
 
 
 def default_names(w: Workload, device_type: str) -> tuple[str, ...]:
@@ -126,6 +132,8 @@ def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
         raise Unavailable("a yardstick for ISTA alone")
     if w.suite == "decode":
         return _decode(form, w, backend)
+    if w.suite == "masks":
+        return _masks(form, w, backend)
     if form == OURS:
         from ..mssa.op import mssa as fused_mssa
         from ..mssa.op import tied_attention
@@ -144,6 +152,22 @@ def _layer(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
         return F.linear(attention(F.linear(x, w_qkv), w.heads, w.causal), w_out, b_out)
 
     return mssa
+
+
+def _masks(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
+    """A function of the tokens and of what tells the lengths."""
+    packed = w.sequences == "packed"
+    if form == OURS:
+        return masks.ours(w, backend)
+    if form == "eager" and packed:
+        return masks.looped(lambda t: published_attention(t, w.heads, w.causal), w)
+    if form == "eager":
+        return masks.masked(lambda t, seen: masks.published_masked(t, w.heads, seen), w)
+    if form == "sdpa":
+        return masks.masked(lambda t, seen: masks.sdpa_masked(t, w.heads, seen), w)
+    if form == LOOPED and packed:
+        return masks.looped(lambda t: sdpa_attention(t, w.heads, w.causal), w)
+    raise Unavailable(f"{form} does not take {w.sequences} sequences")
 
 
 def _ista(form: str, w: Workload, backend: str) -> Callable[..., Tensor]:
@@ -228,6 +252,8 @@ def _sdpa(form: str, w: Workload) -> Callable[..., Tensor]:
     """SDPA on one tensor as query, key and value: autograd adds the three gradients."""
     if form == "sdpa":
         return sdpa_attention
+    if form == LOOPED:
+        raise Unavailable(f"{form} takes sequences of several lengths")
 
     def attention(t: Tensor, heads: int, causal: bool = False) -> Tensor:
         with _one_of_sdpa(form, t):

@@ -16,6 +16,7 @@ from .peers import YARDSTICK
 from .roofline import Ceilings
 from .run import FAILED, OK, Result
 
+WITH_HEADS = ("core", "mssa", "masks", "decode", "encoder")
 BOLD, PLAIN = "\033[1m", "\033[0m"
 
 
@@ -168,8 +169,8 @@ def row(r: Result, machine: Machine) -> dict[str, Any]:
         "batch": w.batch,
         "tokens": w.tokens,
         "width": w.width if w.suite in ("mssa", "ista", "overcomplete", "encoder") else "",
-        "heads": w.heads if w.suite in ("core", "mssa", "decode", "encoder") else "",
-        "head_dim": w.head_dim if w.suite in ("core", "mssa", "decode", "encoder") else "",
+        "heads": w.heads if w.suite in WITH_HEADS else "",
+        "head_dim": w.head_dim if w.suite in WITH_HEADS else "",
         "causal": int(w.causal),
         "dtype": w.dtype,
         "autocast": int(w.autocast or (w.suite == "model" and w.dtype != "fp32")),

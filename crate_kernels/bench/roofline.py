@@ -7,6 +7,7 @@ tokens*(tokens+1)/2). A product of an m x k and a k x n matrix is 2 m k n operat
 
     tied attention   forward   2 products of pairs*head_dim, one exponential a pair; w, o
                      backward  5 products, one exponential a pair; w, o, do, dw
+    masks            the same with pairs and rows of the sequences' own lengths
     mssa             forward   attention + 2 GEMMs of T*D*I; x, y, weights
                      backward  attention + 4 GEMMs; x, dy, dx, weights, their gradients
     ista             forward   1 GEMM of T*D*D (G is constant without a gradient); x, y, W
@@ -30,6 +31,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .masks import lengths_of
 from .workloads import CLASSES, ENCODER_DEPTH, MODELS, RATIO, Workload
 
 
@@ -58,9 +60,9 @@ def cost(w: Workload) -> Cost:
 
 
 def _attention(w: Workload) -> tuple[Cost, Cost]:
-    per_head = w.tokens * (w.tokens + 1) / 2 if w.causal else w.tokens**2
-    pairs = w.batch * w.heads * per_head
-    tensor = w.batch * w.tokens * w.heads * w.head_dim * w.storage_dtype.itemsize
+    lengths = lengths_of(w) if w.sequences else (w.tokens,) * w.batch
+    pairs = w.heads * sum(n * (n + 1) / 2 if w.causal else n**2 for n in lengths)
+    tensor = sum(lengths) * w.heads * w.head_dim * w.storage_dtype.itemsize
     product = 2 * pairs * w.head_dim
     return Cost(2 * product, 2 * tensor, pairs), Cost(5 * product, 4 * tensor, pairs)
 
@@ -138,6 +140,7 @@ _PARTS = {
     "core": _attention,
     "mssa": _mssa,
     "ista": _ista,
+    "masks": _attention,
     "overcomplete": _overcomplete,
     "decode": _decode,
     "model": _model,

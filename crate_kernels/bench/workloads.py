@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-SUITES = ("core", "mssa", "ista", "decode", "model", "latency", "scaling", "alpha", "family")
+OPS = ("core", "mssa", "ista", "masks", "decode")
+SUITES = (*OPS, "model", "latency", "scaling", "alpha", "family")
 MODES = ("forward", "backward", "forward+backward", "train")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -55,8 +56,10 @@ class Workload:
 
     suite    core: tied_attention on w (batch, tokens, heads*head_dim); mssa, ista and overcomplete:
              the layers without norm and residual on x (batch, tokens, width); decode: one new
-             token of each item, the last of ``tokens``, with a cache; model: a whole one (of text
-             a batch of sequences); encoder: ENCODER_DEPTH layers of one on x, in the scaling suite.
+             token of each item, the last of ``tokens``, with a cache; masks: core on sequences of
+             several lengths; model: a whole one (of text a batch of sequences); encoder:
+             ENCODER_DEPTH layers of one on x, in the scaling suite.
+    sequences  of masks: padded or packed (masks.py).
     mode     forward (no gradient wanted), backward (alone: every gradient from that of the
              output), forward+backward, train (model: forward, backward, fused AdamW).
     dtype    of every tensor; with autocast, tensors are float32 and dtype is autocast's. Models
@@ -76,6 +79,7 @@ class Workload:
     head_dim: int = 64
     width: int = 768
     causal: bool = False
+    sequences: str = ""
     dtype: str = "bf16"
     autocast: bool = False
     model: str = ""
@@ -89,7 +93,7 @@ class Workload:
         parts = [self.shape, self.dtype]
         parts += ["autocast"] * (self.autocast and self.suite != "model")
         parts += ["captured"] * self.captured
-        parts += ["causal"] * (self.causal and self.suite in ("core", "mssa"))
+        parts += ["causal"] * (self.causal and self.suite in ("core", "mssa", "masks"))
         return " ".join([*parts, self.mode])
 
     @property
@@ -103,8 +107,10 @@ class Workload:
             "overcomplete": (self.batch, self.tokens, self.width, RATIO * self.width),
             "decode": (self.batch, self.tokens, self.heads, self.head_dim),
             "encoder": (self.batch, self.tokens, self.width, self.heads, self.head_dim),
+            "masks": (self.batch, self.tokens, self.heads, self.head_dim),
         }[self.suite]
-        return "x".join(str(size) for size in sizes)
+        shape = "x".join(str(size) for size in sizes)
+        return f"{shape} {self.sequences}" if self.sequences else shape
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -125,6 +131,12 @@ def core(
         replace(shape, target=forward or None),
         replace(shape, mode="backward", target=backward or None),
     )
+
+
+def masks(batch: int, tokens: int, heads: int, sequences: str, **kw: Any) -> tuple[Workload, ...]:
+    """Forward and backward of sequences of several lengths."""
+    shape = Workload("masks", "forward", batch, tokens, heads, sequences=sequences, **kw)
+    return shape, replace(shape, mode="backward")
 
 
 def model(name: str, mode: str, batch: int = 0, **kw: Any) -> Workload:
@@ -181,6 +193,7 @@ H200: Set = {
         Workload("decode", "forward", 8, 16384),
         Workload("decode", "forward", 64, 4096, heads=6, head_dim=128),
     ),
+    "masks": (*masks(64, 512, 12, "padded"), *masks(64, 197, 6, "packed")),
     "model": (
         *both("crate_base", 2.0, 1.8),
         *both("crate_large", 2.0, 1.8),
@@ -216,6 +229,7 @@ CPU: Set = {
         for mode in ("forward", "forward+backward")
     ),
     "decode": (Workload("decode", "forward", 4, 1024, 6, dtype="fp32"),),
+    "masks": masks(8, 197, 6, "padded", dtype="fp32"),
     "model": tuple(
         model("crate_tiny", mode, 8, dtype="fp32", versus="eager", target=1.5)
         for mode in ("forward", "train")
@@ -233,6 +247,7 @@ QUICK_CUDA: Set = {
     "mssa": H200["mssa"][1:],
     "ista": H200["ista"],
     "decode": H200["decode"][:1],
+    "masks": H200["masks"],
     "model": (model("crate_tiny", "train", 64),),
     "latency": H200["latency"][:1],
     "scaling": H200["scaling"][:2],
@@ -244,6 +259,7 @@ QUICK_CPU: Set = {
     "mssa": (Workload("mssa", "forward+backward", 2, 50, 3, width=192, dtype="fp32"),),
     "ista": (Workload("ista", "forward+backward", 2, width=192, dtype="fp32"),),
     "decode": (Workload("decode", "forward", 2, 100, 3, dtype="fp32"),),
+    "masks": (*masks(2, 50, 3, "padded", dtype="fp32"), *masks(1, 50, 3, "packed", dtype="fp32")),
     "model": (model("crate_tiny", "forward", 2, dtype="fp32", versus="eager"),),
     "latency": (model("crate_tiny", "forward", 1, dtype="fp32"),),
     "scaling": tuple(encoder(2, n, 64, dtype="fp32", autocast=False) for n in (20, 50)),

@@ -6,6 +6,10 @@ formulas of reference.py, a few heads at a time so that memory stays bounded.
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,12 +33,22 @@ def forward(
 
     Packed: w (T, heads*head_dim) -> o like w, and (heads, T).
     """
+    check_values(w, mask)
+    if _by_fused_kernels(w, mask):
+        if mask.sequences is None:
+            return _fused_forward(w, heads, scale, causal, mask.window)
+        o = torch.zeros_like(w, memory_format=torch.contiguous_format)
+        lse = w.new_full((*w.shape[:-1], heads), float("inf"), dtype=lse_dtype(w))
+        for same in _same_lengths(w, mask.sequences):
+            some_o, some_lse = _fused_forward(same(w), heads, scale, causal, mask.window)
+            same(o).copy_(some_o)
+            same(lse).copy_(some_lse.mT)
+        return o, lse.mT.contiguous()
 
     def rows_first(w: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         o, lse = _forward(w, heads, scale, causal, mask, lengths)
         return o, lse.mT
 
-    check_values(w, mask)
     o, lse = by_sequence(rows_first, [w], mask.sequences, mask.longest)
     if mask.sequences is not None and w.dim() == 3:
         lse = lse.masked_fill(beyond(mask.sequences, w.shape[1]), float("inf"))
@@ -52,40 +66,40 @@ def backward(
     mask: Mask = FULL,
 ) -> Tensor:
     """dw, shaped as w, from do, shaped as o."""
+    if _by_fused_kernels(w, mask):
+        if mask.sequences is None:
+            return _fused_backward(do, w, o, lse, heads, scale, causal, mask.window)
+        dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
+        for same in _same_lengths(w, mask.sequences):
+            saved = (same(do), same(w), same(o), same(lse.mT).mT)
+            same(dw).copy_(_fused_backward(*saved, heads, scale, causal, mask.window))
+        return dw
 
-    def rows_first(
-        do: Tensor, w: Tensor, o: Tensor, lse: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor]:
-        return (_backward(do, w, o, lse.mT, heads, scale, causal, mask, lengths),)
+    def rows_first(do: Tensor, w: Tensor, lengths: Tensor | None) -> tuple[Tensor]:
+        return (_backward(do, w, lse.dtype, heads, scale, causal, mask, lengths),)
 
-    tensors = [do, w, o, lse.mT]
-    return by_sequence(rows_first, tensors, mask.sequences, mask.longest)[0].contiguous()
+    return by_sequence(rows_first, [do, w], mask.sequences, mask.longest)[0].contiguous()
 
 
-def _forward(
-    w: Tensor, heads: int, scale: float, causal: bool, mask: Mask, lengths: Tensor | None
+# ---- on the CPU: the kernels behind SDPA, which have no dropout
+
+
+def _by_fused_kernels(w: Tensor, mask: Mask) -> bool:
+    return w.device.type == "cpu" and mask.seed is None and w.numel() > 0
+
+
+def _fused_forward(
+    w: Tensor, heads: int, scale: float, causal: bool, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    batch, n, _ = w.shape
     wh = split_heads(w.contiguous(), heads)
-    on_cpu = w.device.type == "cpu" and mask.seed is None  # by the kernels behind SDPA
-    if on_cpu and batch > 0 and mask.window is None and lengths is None:
-        o, lse = _cpu_forward(wh, causal, scale)
-        return merge_heads(o), lse.to(lse_dtype(w))
-    o = torch.empty_like(wh, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, heads, n, dtype=lse_dtype(w), device=w.device)
-    for rows in _steps(batch, heads, n, mask):
-        part = wh[rows]
-        unseen = hidden(n, causal, mask.window, _of(rows, lengths), w.device)
-        if on_cpu:
-            o[rows], lse[rows] = _cpu_forward(part, False, scale, _additive(unseen, w))
-        else:
-            p, lse[rows] = subspace_attention(part.to(lse.dtype), scale, unseen)
-            p = p * _keep(rows, batch, heads, n, mask, lse)
-            o[rows] = (p @ part.to(lse.dtype)).to(w.dtype)
-    return merge_heads(o), lse
+    far = _far_apart(w, causal, window)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        wh, wh, wh, 0.0, causal and far is None, attn_mask=far, scale=scale
+    )
+    return merge_heads(o).contiguous(), lse.to(lse_dtype(w)).contiguous()
 
 
-def _backward(
+def _fused_backward(
     do: Tensor,
     w: Tensor,
     o: Tensor,
@@ -93,48 +107,91 @@ def _backward(
     heads: int,
     scale: float,
     causal: bool,
+    window: int | None,
+) -> Tensor:
+    wh, doh, oh = (split_heads(t.contiguous(), heads) for t in (w, do, o))
+    far = _far_apart(w, causal, window)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        doh,
+        wh,
+        wh,
+        wh,
+        oh,
+        lse.contiguous(),
+        0.0,
+        causal and far is None,
+        attn_mask=far,
+        scale=scale,
+    )
+    return merge_heads(dq.add_(dk).add_(dv)).contiguous()
+
+
+def _far_apart(w: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """With a window what is added to the scores: -inf where unseen."""
+    n = w.shape[1]
+    unseen = None if window is None else hidden(n, causal, window, None, w.device)
+    if unseen is None:
+        return None
+    return torch.zeros(n, n, dtype=w.dtype).masked_fill_(unseen, float("-inf"))
+
+
+def _same_lengths(w: Tensor, sequences: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """For each run of sequences of one length its view (count, length, width) of tensors as w."""
+    lengths = (sequences if w.dim() == 3 else sequences.diff()).tolist()
+    first = 0
+    for n, run in itertools.groupby(lengths):
+        count = len(list(run))
+        if w.dim() == 3:
+            rows = slice(first, first + count)
+            view = functools.partial(lambda t, rows, n: t[rows, :n], rows=rows, n=n)
+            first += count
+        else:
+            rows = slice(first, first + count * n)
+            view = functools.partial(
+                lambda t, rows, n: t[rows].unflatten(0, (-1, n)), rows=rows, n=n
+            )
+            first += count * n
+        if n > 0:
+            yield view
+
+
+# ---- elsewhere: the formulas of reference.py
+
+
+def _forward(
+    w: Tensor, heads: int, scale: float, causal: bool, mask: Mask, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, n, _ = w.shape
+    wh = split_heads(w.contiguous(), heads)
+    o = torch.empty_like(wh, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, heads, n, dtype=lse_dtype(w), device=w.device)
+    for rows in _steps(batch, heads, n, mask):
+        part = wh[rows].to(lse.dtype)
+        unseen = hidden(n, causal, mask.window, _of(rows, lengths), w.device)
+        p, lse[rows] = subspace_attention(part, scale, unseen)
+        o[rows] = ((p * _keep(rows, batch, heads, n, mask, part)) @ part).to(w.dtype)
+    return merge_heads(o), lse
+
+
+def _backward(
+    do: Tensor,
+    w: Tensor,
+    dtype: torch.dtype,
+    heads: int,
+    scale: float,
+    causal: bool,
     mask: Mask,
     lengths: Tensor | None,
 ) -> Tensor:
     batch, n, _ = w.shape
-    wh, doh, oh = (split_heads(t, heads) for t in (w.contiguous(), do.contiguous(), o))
-    on_cpu = w.device.type == "cpu" and mask.seed is None  # by the kernels behind SDPA
-    if on_cpu and batch > 0 and mask.window is None and lengths is None:
-        return merge_heads(_cpu_backward(doh, wh, oh, lse, causal, scale))
+    wh, doh = (split_heads(t.contiguous(), heads) for t in (w, do))
     dwh = torch.empty_like(wh, memory_format=torch.contiguous_format)
     for rows in _steps(batch, heads, n, mask):
         unseen = hidden(n, causal, mask.window, _of(rows, lengths), w.device)
-        if on_cpu:
-            saved = (doh[rows], wh[rows], oh[rows], lse[rows])
-            dwh[rows] = _cpu_backward(*saved, False, scale, _additive(unseen, w))
-        else:
-            doh_, wh_ = doh[rows].to(lse.dtype), wh[rows].to(lse.dtype)
-            keep = _keep(rows, batch, heads, n, mask, lse)
-            dwh[rows] = subspace_attention_backward(doh_, wh_, scale, unseen, keep).to(w.dtype)
+        doh_, wh_ = doh[rows].to(dtype), wh[rows].to(dtype)
+        keep = _keep(rows, batch, heads, n, mask, wh_)
+        dwh[rows] = subspace_attention_backward(doh_, wh_, scale, unseen, keep).to(w.dtype)
     return merge_heads(dwh)
-
-
-def _cpu_forward(
-    wh: Tensor, causal: bool, scale: float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        wh, wh, wh, 0.0, causal, attn_mask=bias, scale=scale
-    )
-
-
-def _cpu_backward(
-    doh: Tensor,
-    wh: Tensor,
-    oh: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    bias: Tensor | None = None,
-) -> Tensor:
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        doh, wh, wh, wh, oh, lse, 0.0, causal, attn_mask=bias, scale=scale
-    )
-    return dq.add_(dk).add_(dv)
 
 
 def _keep(
@@ -149,13 +206,6 @@ def _keep(
 
 def _of(rows: tuple[slice, slice], lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths[rows[0]]
-
-
-def _additive(unseen: Tensor | None, w: Tensor) -> Tensor | None:
-    """What SDPA's kernels add to the scores: -inf where unseen."""
-    if unseen is None:
-        return None
-    return torch.zeros(unseen.shape, dtype=w.dtype).masked_fill_(unseen, float("-inf"))
 
 
 def _steps(batch: int, heads: int, n: int, mask: Mask = FULL) -> list[tuple[slice, slice]]:
