@@ -182,7 +182,7 @@ def test_public_op_takes_triton_here():
     ]
 
 
-@pytest.mark.parametrize("layout", ["equal", "padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_opcheck(layout):
     """The shapes, dtypes and strides that torch.compile is promised are what the kernels give."""
     w, options = inputs(layout, 2, 8, (9, 4))
@@ -231,7 +231,7 @@ def dropped_by_sequence(w, *, heads, seed, dropout, lengths=None, cu_seqlens=Non
 
 @pytest.mark.parametrize(
     ("layout", "causal", "window"),
-    [("equal", False, None), ("equal", True, None), ("padded", False, 9), ("packed", True, 9)],
+    [("equal", True, None), ("padded", False, None), ("packed", True, 9)],
 )
 def test_dropout(layout, causal, window, monkeypatch):
     with_tiles(monkeypatch, 32, 16)
