@@ -153,8 +153,8 @@ def test_repeats_are_bitwise_equal(monkeypatch):
 def test_public_op_takes_triton_here_and_refuses_what_it_cannot():
     w, cache, lengths = decode_inputs(1, 2, 8, 20, (5, 9))
     found = explain("tied_attention_decode", w.float(), cache.float(), lengths, heads=2)
-    assert found.chosen == "triton" and "no CUDA" not in str(found.reasons["triton"])
-    assert "Triton kernel alone" in found.reasons["cuda"][0]
+    assert found.chosen == "triton" and not found.reasons["triton"]
+    assert any("no CUDA kernels" in reason for reason in found.reasons["cuda"])
     check_decode(tied_attention_decode, w.float(), cache.float(), lengths, heads=2)
     with pytest.raises(ValueError, match="float64"):
         tied_attention_decode(w, cache, lengths, heads=2, backend="triton")
