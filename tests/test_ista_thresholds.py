@@ -169,7 +169,7 @@ def test_compiles_into_one_graph():
         ({"lambd": torch.ones(4)}, TypeError, "lambd of the dtype of x"),
         ({"step_size": -0.1}, ValueError, "step_size to be finite and >= 0"),
         ({"signed": 1}, TypeError, "signed to be a bool, got int"),
-        ({"backend": "cuda"}, ValueError, "a tensor for lambd: CUDA kernels have no such option"),
+        ({"backend": "cuda"}, ValueError, "a tensor for lambd"),
     ],
 )
 def test_bad_input(change, error, says):
@@ -231,4 +231,4 @@ def test_explain():
     inputs = threshold_inputs(6, 4)
     found = crate_kernels.explain("ista", **inputs, signed=True)
     assert found.chosen == "reference"
-    assert "signed: CUDA kernels have no such option" in found.reasons["cuda"]
+    assert "signed" in found.reasons["cuda"]
