@@ -133,10 +133,10 @@ def test_inference_sees_changed_steps_thresholds_and_weights():
 def test_numbers_and_tensors_of_them_agree():
     x, weight, *_ = threshold_inputs(6, 4).values()
     want = ista(x, weight, step_size=0.3, lambd=0.2)
-    for step, lambd in ((torch.tensor(0.3), 0.2), (0.3, torch.full((4,), 0.2))):
-        given = [t.double() if isinstance(t, torch.Tensor) else t for t in (step, lambd)]
+    step, lambd = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.2))
+    for given in ((step, 0.2), (0.3, lambd.expand(4)), (step, lambd)):
         got = ista(x, weight, step_size=given[0], lambd=given[1])
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got, want)
 
 
 def test_empty_batch():
