@@ -139,6 +139,26 @@ def test_overcomplete_ista_is_tritons(on_hopper, fresh):
         overcomplete_ista(**given, backend="cuda")
 
 
+def test_learned_and_signed_thresholds_are_tritons(on_hopper, fresh, monkeypatch):
+    x, weight = torch.empty(MANY, 64).bfloat16(), torch.zeros(64, 64).bfloat16()
+    lacking = "the CUDA kernels do not have it"
+    for options, against in [
+        ({"step_size": weight[0]}, ["a tensor for step_size"]),
+        ({"lambd": weight[0, 0], "signed": True}, ["a tensor for lambd", "signed"]),
+        ({"signed": False}, []),
+    ]:
+        found = crate_kernels.explain("ista", x, weight, **options)
+        assert found.reasons["cuda"] == tuple(f"{option}: {lacking}" for option in against)
+        assert found.chosen == ("triton" if against else "cuda")
+        if against:
+            with pytest.raises(ValueError, match=f"'cuda'.*{against[0]}: {lacking}"):
+                ista(x, weight, **options, backend="cuda")
+            monkeypatch.setenv(backends.BACKEND_VARIABLE, "cuda")
+            with pytest.raises(ValueError, match=f"'cuda'.*{against[-1]}: {lacking}"):
+                ista(x, weight, **options)
+            monkeypatch.delenv(backends.BACKEND_VARIABLE)
+
+
 def test_ista_of_few_tokens_stays_with_triton(on_hopper, fresh, monkeypatch):
     x, weight = torch.empty(1576, 768).bfloat16(), torch.empty(768, 768).bfloat16()
     found = crate_kernels.explain("ista", x, weight)

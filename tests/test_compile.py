@@ -228,6 +228,7 @@ def samples():
     }
     for form, shape in SMALL_ISTA.items():
         cases[f"ista by {form}"] = (ista, ista_inputs(*shape), {"step_size": 0.2})
+        cases[f"signed ista by {form}"] = (ista, threshold_inputs(*shape), {"signed": True})
     for memory, tied in (("default", False), ("low", True)):
         given = overcomplete_inputs(2, 6, 8, tied=tied)
         cases[f"overcomplete {memory}"] = (overcomplete_ista, given, {"memory": memory})

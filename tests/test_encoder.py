@@ -10,9 +10,10 @@ import torch
 from helpers import calls
 from torch import nn
 
-from crate_kernels import models
+from crate_kernels import models, prepare_for_inference
 from crate_kernels.models.crate import PreNorm, Transformer
 from crate_kernels.nn import ISTA, MSSA, Encoder, fuse, unfuse
+from crate_kernels.nn.layers import log_once
 
 DIM, HEADS, DIM_HEAD, DEPTH = 12, 3, 4, 3
 
@@ -176,6 +177,26 @@ def test_what_the_op_would_pass_over_runs_module_by_module(change):
     y, count = calls(model, tokens())
     assert count["crate_block"] == DEPTH - 1
     torch.testing.assert_close(y, want)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layers_with_rms_norm_run_mssa_and_ista_by_themselves(affine, caplog):
+    plain = transformer()
+    for step in (step for pair in plain.layers for step in pair):
+        step.norm = nn.RMSNorm(DIM, eps=1e-6, elementwise_affine=affine).double()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    assert [type(step.fn) for pair in fused.layers for step in pair] == [MSSA, ISTA] * DEPTH
+    reason = "its attention norm is no plain nn.LayerNorm"
+    assert f"{reason}: {DEPTH} of {DEPTH} layers run MSSA and ISTA apart" in str(report)
+    log_once.cache_clear()
+    for a, b in zip(with_gradients(fused, tokens()), with_gradients(plain, tokens()), strict=True):
+        torch.testing.assert_close(a, b)
+    assert caplog.messages == [f"a layer of an Encoder runs unfused: {reason}"]
+    assert calls(fused, tokens())[1] == {"tied_attention": DEPTH, "ista": DEPTH}
+    prepare_for_inference(fused)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(tokens()), plain(tokens()))
 
 
 def test_eps_of_zero_and_norms_of_another_dtype_run_module_by_module():

@@ -121,7 +121,7 @@ class CausalBlock(nn.Module):
         return self.ista(self.prenorm_2(x))
 
     def _as_one_op(self, x: Tensor) -> Tensor:
-        ista = self.ista
+        ista: Any = self.ista
         return crate_block(
             x,
             *self._in_order(),

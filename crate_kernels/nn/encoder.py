@@ -26,9 +26,9 @@ class Encoder(nn.Module):
 
     Each layer is one :func:`crate_kernels.crate_block`, or its modules one by one where the op
     would pass over something: whatever :class:`MSSA` names, a hook on the norms, on ``fn`` or on
-    the modules that hold them, norms that are no plain affine LayerNorm or differ in eps, a step of
-    a class that was not there before, parameters of several dtypes without autocast. The log names
-    each such reason once.
+    the modules that hold them, norms that are no plain affine LayerNorm or differ in eps, a step
+    size or lambda in a tensor, a step of a class that was not there before, parameters of several
+    dtypes without autocast. The log names each such reason once.
 
     Args:
         layers: pairs of modules with children ``norm`` and ``fn``, the first's fn an

@@ -99,9 +99,12 @@ class FeedForward(nn.Module):
 
     Args:
         dim: width D of the tokens; ``weight`` is (D, D).
-        step_size: eta >= 0.
-        lambd: lambda >= 0; 0.1 in CRATE, 0.5 in the encoder of CRATE-MAE.
-        device, dtype: of the parameter.
+        step_size: eta, a number >= 0; or, to be learned, an ``nn.Parameter`` of shape () or (1,),
+            or of (D,) with an eta_c for each column.
+        lambd: lambda, as eta; 0.1 in CRATE, 0.5 in the encoder of CRATE-MAE.
+        device, dtype: of ``weight``.
+
+    Keys: ``weight``, and ``step_size`` and ``lambd`` where they are parameters.
 
     Source: arXiv 2311.13110, section 2, ISTA block.
     """
@@ -109,15 +112,15 @@ class FeedForward(nn.Module):
     def __init__(
         self,
         dim: int,
-        step_size: float = 0.1,
-        lambd: float = 0.1,
+        step_size: float | nn.Parameter = 0.1,
+        lambd: float | nn.Parameter = 0.1,
         *,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        check_number(type(self).__name__, "step_size", step_size)
-        check_number(type(self).__name__, "lambd", lambd)
+        _check_number_or_parameter(type(self).__name__, "step_size", step_size, dim)
+        _check_number_or_parameter(type(self).__name__, "lambd", lambd, dim)
         self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
         self.step_size = step_size
         self.lambd = lambd
@@ -221,8 +224,8 @@ class MSSA(Attention):
 class ISTA(FeedForward):
     """:class:`FeedForward` on :func:`crate_kernels.ista`: formula, arguments and keys are its own.
 
-    A step size or lambda that is learned is a parameter in its place:
-    ``layer.step_size = nn.Parameter(torch.full((dim,), 0.1))``, for each column or ().
+    A layer that :func:`crate_kernels.fuse` swapped learns a step size or lambda from when a
+    parameter takes its place: ``layer.lambd = nn.Parameter(torch.full((dim,), 0.1))``.
 
     Dtypes and errors: as in :func:`crate_kernels.ista`.
     """
@@ -335,6 +338,15 @@ def has_hooks(module: nn.Module) -> bool:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling it comes to its class's forward and nothing else."""
     return not (has_hooks(module) or _has_any_global_hook() or "forward" in module.__dict__)
+
+
+def _check_number_or_parameter(owner: str, name: str, value: Any, dim: int) -> None:
+    """A number >= 0, or a parameter of one element or of (dim,)."""
+    if not isinstance(value, nn.Parameter):
+        check_number(owner, name, value)
+    elif value.shape not in ((), (1,), (dim,)):
+        expected = f"{name} a number or a Parameter of shape (), (1,) or (D,) = ({dim},)"
+        refuse(owner, expected, tuple(value.shape))
 
 
 def _numbers(**values: Any) -> str:

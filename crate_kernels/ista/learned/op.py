@@ -184,7 +184,7 @@ define(
     _backward,
     _backward_fake,
 )
-define_gradient("ista_learned", _gradient, _save)
+define_gradient("ista_learned", _gradient, _save, public="ista")
 define(
     "ista_learned_apply(Tensor x, Tensor xc, Tensor gram, Tensor step_size, Tensor lambd,"
     " bool signed, str backend) -> Tensor",
