@@ -286,47 +286,6 @@ def off_the_kinks(
     return dout.masked_fill(~kept.unsqueeze(-1), 0.0)
 
 
-def published_thresholds(
-    x: Tensor,
-    weight: Tensor,
-    step_size: float | Tensor = 0.1,
-    lambd: float | Tensor = 0.1,
-    *,
-    signed: bool = False,
-) -> Tensor:
-    """ISTA with a step size and threshold for each column; of both signs where ``signed``."""
-    v, threshold = _before_threshold(x, weight, step_size), step_size * lambd
-    if signed:
-        return torch.sign(v) * torch.relu(v.abs() - threshold)
-    return torch.relu(v - threshold)
-
-
-def _before_threshold(x: Tensor, weight: Tensor, step_size: float | Tensor) -> Tensor:
-    pull, push = F.linear(x, weight.T), F.linear(F.linear(x, weight), weight.T)
-    return x + step_size * (pull - push)
-
-
-def threshold_inputs(
-    *shape: int, kinds: tuple[str | None, str | None] = ("channel", "channel")
-) -> dict[str, Tensor]:
-    """Arguments of ista in float64, the step size and lambda as tensors of ``kinds``."""
-    inputs = ista_inputs(*shape)
-    sizes = {"scalar": (), "one": (1,), "channel": shape[-1:]}
-    for name, kind in zip(("step_size", "lambd"), kinds, strict=True):
-        if kind is not None:
-            inputs[name] = 0.05 + 0.2 * torch.rand(sizes[kind], dtype=torch.float64)
-    return inputs
-
-
-def off_the_threshold(dy: Tensor, inputs: Mapping[str, Tensor], signed: bool) -> Tensor:
-    """``dy`` without its entries where rounding may decide whether a code is zero."""
-    exact = {name: t.double() for name, t in inputs.items()}
-    step_size, lambd = exact.get("step_size", 0.1), exact.get("lambd", 0.1)
-    v = _before_threshold(exact["x"], exact["weight"], step_size)
-    size = (v.abs() if signed else v) - step_size * lambd
-    return dy.masked_fill(size.abs() < 16 * torch.finfo(inputs["x"].dtype).eps, 0.0)
-
-
 def published_block(
     x: Tensor,
     norm1_weight: Tensor,

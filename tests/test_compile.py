@@ -15,8 +15,8 @@ from helpers import (
     overcomplete_inputs,
     patch_embedding_inputs,
     results,
-    threshold_inputs,
 )
+from thresholds import threshold_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from crate_kernels import ista, mssa, overcomplete_ista, tied_attention

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -52,3 +54,27 @@ def integers_of_one_element_arrays(monkeypatch):
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_replace_index)
+
+
+@pytest.fixture(params=["small tiles", "as chosen", "described"])
+def tiles(request, monkeypatch):
+    """Of ISTA's GEMM: small, so that small matrices have many; and described, as on sm_90."""
+    if request.param == "as chosen":
+        return
+    from crate_kernels.ista import triton_kernels
+
+    chosen = triton_kernels.gemm_config
+
+    def small(dtype, n_rows, d, can_describe):
+        return dataclasses.replace(
+            chosen(dtype, n_rows, d, can_describe),
+            block_m=16,
+            block_n=32,
+            block_k=16,
+            described=can_describe and dtype != torch.float32,
+        )
+
+    monkeypatch.setattr(triton_kernels, "gemm_config", small)
+    if request.param == "described":
+        monkeypatch.setattr(triton_kernels, "has_bulk_copy", lambda t: True)
+        monkeypatch.setattr(triton_kernels, "multiprocessors", lambda t: 1)

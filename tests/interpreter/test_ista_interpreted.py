@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from helpers import (
@@ -16,32 +14,13 @@ from helpers import (
 )
 
 from crate_kernels import explain, ista
-from crate_kernels.ista import gram_cache, triton_kernels
+from crate_kernels.ista import gram_cache
 
 # Rows >= D go through G, fewer through the weight itself; small and odd widths.
 SHAPES = [(70, 64), (33, 17), (2, 40, 20), (64, 64), (10, 48), (1, 7), (5, 1), (3,), (2, 3, 50)]
 
 
-@pytest.fixture(params=["small tiles", "as chosen", "described"], autouse=True)
-def tiles(request, monkeypatch):
-    """Small tiles, so that small matrices have many; and tensor descriptors, as on sm_90."""
-    if request.param == "as chosen":
-        return
-    chosen = triton_kernels.gemm_config
-
-    def small(dtype, n_rows, d, can_describe):
-        return dataclasses.replace(
-            chosen(dtype, n_rows, d, can_describe),
-            block_m=16,
-            block_n=32,
-            block_k=16,
-            described=can_describe and dtype != torch.float32,
-        )
-
-    monkeypatch.setattr(triton_kernels, "gemm_config", small)
-    if request.param == "described":
-        monkeypatch.setattr(triton_kernels, "has_bulk_copy", lambda t: True)
-        monkeypatch.setattr(triton_kernels, "multiprocessors", lambda t: 1)
+pytestmark = pytest.mark.usefixtures("tiles")
 
 
 def in_dtype(c_dtype):
