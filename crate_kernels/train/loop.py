@@ -231,7 +231,8 @@ def _loop(run: Run, log: Log) -> int:
                 log.write(**_place(run, "val"), loss=loss, accuracy=accuracy)
                 log.say(f"step {run.step}: held-out loss {loss:.4f}, accuracy {accuracy:.2%}")
                 badness = loss if config.kind == "text" else -accuracy
-                names += [checkpoint.BEST] * (badness < run.best)
+                if badness < run.best:  # before the file that says how good it is
+                    names.insert(0, checkpoint.BEST)
                 run.best = min(run.best, badness)
             if validates or saves:
                 run.save(*names)
