@@ -356,6 +356,27 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_a_kill_between_the_best_and_the_last_file_costs_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*TINY, *STEPS, "--lr", "1e-30"]  # the first validation stays the best
+    written, write = [], checkpoint.write
+
+    def killed_before_the_second(path: Path, content: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "write", killed_before_the_second)
+        run(tmp_path / "killed", *options)
+    assert run(tmp_path / "killed", *options, "--resume") == 0
+    assert run(tmp_path / "whole", *options) == 0
+    assert_same_state(*(saved(tmp_path / o, "best.pt")["model"] for o in ("killed", "whole")))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
 def test_goes_on_from_a_file_in_another_folder_and_says_what_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,8 +387,31 @@ def test_goes_on_from_a_file_in_another_folder_and_says_what_changed(
     assert "going on from step 12" in printed
     assert "not as the run was begun: steps 12 -> 15" in printed
     assert [r["step"] for r in rows(tmp_path / "b")] == ["15", "15"]
+    assert run(tmp_path / "b", *more) == 2  # which would throw away what is there
+    expected = f"--resume to go on with {tmp_path / 'b' / 'last.pt'}"
+    assert expected in capsys.readouterr().err
+    assert saved(tmp_path / "b")["step"] == 15
+    own = ["--resume", tmp_path / "b" / "last.pt"]
+    assert run(tmp_path / "b", *more[:-2], *own) == 0
     assert run(tmp_path / "b", *more[:-2], "--resume") == 0  # it has nothing to do
     assert len(rows(tmp_path / "b")) == 2
+
+
+def test_options_of_the_optimizer_that_changed_count(tmp_path: Path) -> None:
+    """The decay alone, with a gradient of zero, moves a weight by rate * decay of itself."""
+    assert run(tmp_path, *TINY, *STEPS) == 0
+    options = [*TINY, "--steps", "20", "--lr", "1e-3", "--warmup", "0", "--weight-decay", "0.5"]
+    it = prepared(*options)
+    checkpoint.restore(it, saved(tmp_path))
+    for state in it.optimizer.state.values():
+        state["exp_avg"].zero_()
+    before = [p.detach().clone() for p in it.net.parameters()]
+    for p in it.net.parameters():
+        p.register_hook(torch.zeros_like)
+    it.train_step(batches_of(it))
+    shrunk = 1 - 0.5 * it.optimizer.param_groups[0]["lr"]
+    for old, new in zip(before, it.net.parameters(), strict=True):
+        torch.testing.assert_close(new, old * shrunk)
 
 
 def test_resume_starts_a_run_where_there_is_none(tmp_path: Path) -> None:

@@ -57,11 +57,13 @@ def find(config: Config, model: nn.Module) -> dict[str, Any] | None:
     would be written over.
     """
     last = Path(config.out) / LAST
-    if config.resume is None:
-        if last.exists():
-            refuse("train", f"--out without a run, or --resume to go on with {last}", config.out)
-        return None
     path = Path(config.resume) if config.resume else last
+    # The same command again, after a kill, must not begin again from a file elsewhere.
+    begins = config.resume is None or path.resolve().parent != last.resolve().parent
+    if begins and last.exists():
+        refuse("train", f"--out without a run, or --resume to go on with {last}", config.out)
+    if config.resume is None:
+        return None
     if not path.is_file():
         if config.resume:
             refuse("train", "--resume with a checkpoint", f"{path}, which does not exist")
@@ -113,6 +115,8 @@ def restore(run: Run, content: Mapping[str, Any]) -> None:
     options = StateDictOptions(full_state_dict=True)
     # The optimizer first: setting its state may take a step of size zero with the weights.
     set_optimizer_state_dict(run.net, run.optimizer, content["optimizer"], options=options)
+    for group in run.optimizer.param_groups:  # an option, which may have changed; so is the rate
+        group["weight_decay"] = run.config.weight_decay
     set_model_state_dict(run.net, content["model"], options=options)
     if run.ema is not None and content["ema"] is not None:
         set_model_state_dict(run.ema.module, content["ema"], options=options)
