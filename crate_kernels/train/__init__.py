@@ -37,4 +37,15 @@ def main(args: argparse.Namespace) -> int:
             print(error, file=sys.stderr)
         return 2
     with distributed.process_group(world):
+        samples = len(sets.train), len(sets.validation)
+        step = content["step"] if content else 0
+        if not world.agrees(*samples, step):
+            if world.local_rank == 0:
+                print(
+                    "train: expected every process to see the same --data and --out, got "
+                    f"{samples[0]} + {samples[1]} samples and step {step} in process {world.rank}, "
+                    "and others elsewhere",
+                    file=sys.stderr,
+                )
+            return 2
         return loop.fit(config, world, sets, content)

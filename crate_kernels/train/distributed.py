@@ -49,6 +49,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def agrees(self, *numbers: int) -> bool:
+        """Whether these are the same in all processes."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        first = mine.clone()
+        if self.size > 1:
+            dist.broadcast(first, 0)
+        return self.sum((first != mine).sum()).item() == 0
+
 
 @contextlib.contextmanager
 def process_group(world: World) -> Iterator[None]:
