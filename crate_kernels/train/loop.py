@@ -157,11 +157,15 @@ class Run:
         self.step += 1
 
     def healthy(self) -> bool:
-        """Whether the weights are numbers, so that a checkpoint is worth having."""
+        """Whether the weights are numbers that still change: worth a checkpoint."""
         losses = self.world.sum(self.window.clone())[0]
-        # With a GradScaler an infinite gradient is no harm: the step was skipped.
-        norm = losses if self.scaler.is_enabled() else distributed.full(self.norm)
-        return math.isfinite(losses) and math.isfinite(norm)
+        if not math.isfinite(losses):
+            return False
+        if self.scaler.is_enabled():
+            # An infinite gradient is no harm: the step was skipped. But where all are, the scale
+            # is halved until it is below what float16 can hold.
+            return self.scaler.get_scale() >= torch.finfo(torch.float16).smallest_normal
+        return math.isfinite(distributed.full(self.norm))
 
     @torch.no_grad()
     def validate(self, data: Any) -> tuple[float, float]:
@@ -196,6 +200,8 @@ def fit(config: Config, world: World, sets: Sets, content: dict[str, Any] | None
     )
     with contextlib.closing(log):
         _introduce(run, log, content)
+        if content is not None:
+            content.clear()  # whoever called holds it for as long as the run lasts
         return _loop(run, log)
 
 
