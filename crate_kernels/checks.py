@@ -23,12 +23,14 @@ def check_tensors(op: str, tensors: dict[str, Any], optional: dict[str, Any] | N
 
     The first names the device and dtype that the others must share.
     """
-    given = {name: t for name, t in (optional or {}).items() if t is not None}
-    for name, t in {**tensors, **given}.items():
+    given = tensors
+    if optional:
+        given = {**tensors, **{name: t for name, t in optional.items() if t is not None}}
+    for name, t in given.items():
         if not isinstance(t, Tensor):
             refuse(op, f"{name} to be a torch.Tensor", type(t).__name__, TypeError)
     first_name, first = next(iter(tensors.items()))
-    for name, t in {**tensors, **given}.items():
+    for name, t in given.items():
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
             raise RuntimeError(
                 f"{op}: forward-mode AD is not implemented; expected {name} without a tangent, "

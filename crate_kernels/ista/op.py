@@ -126,11 +126,11 @@ def _check_ista(
     if x.dim() > 2 and x.shape[-2] == 0:
         refuse("ista", "x of shape (..., N, D) with N > 0", tuple(x.shape))
     for name, value in numbers.items():
-        if name not in tensors:
+        if not isinstance(value, Tensor):
             check_number("ista", name, value)
-        elif tensors[name].shape not in ((), (1,), weight.shape[:1]):
+        elif value.shape not in ((), (1,), weight.shape[:1]):
             expected = f"{name} a number or of shape (), (1,) or (D,) = ({weight.shape[0]},)"
-            refuse("ista", expected, tuple(tensors[name].shape))
+            refuse("ista", expected, tuple(value.shape))
     if not isinstance(signed, bool):
         refuse("ista", "signed to be a bool", type(signed).__name__, TypeError)
 
