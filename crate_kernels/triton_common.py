@@ -30,6 +30,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_dot(a, b, acc, PRECISION: tl.constexpr):
+    """The same for a sum over many tiles, which full float32 sums each by itself first.
+
+    One chain of FMAs through all of them would round as often as there are rows.
+    """
+    if PRECISION == "ieee":
+        # Triton would make one chain of this too, but for a limit (of float8's) on its length.
+        acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _for_tf32(x, PRECISION: tl.constexpr):
     """float32 that is to be multiplied as TF32, rounded to it: tensor cores cut the bits off."""
     if PRECISION == "tf32" and x.dtype == tl.float32:

@@ -158,6 +158,16 @@ def test_masked_attention_builds(capability, mask):
     assert len(builds) == 3
 
 
+def test_full_float32_sums_each_tile_by_itself():
+    with builds_for((9, 0)) as builds:
+        launch_attention(torch.float32, 64, 512, True)
+        launch_masked(torch.float32, 64, 512, False, MASKS["dropout"])
+    for ttir in (build.asm["ttir"] for build in builds if "delta" not in build.name):
+        zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0", ttir)
+        starts = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ttir)
+        assert starts and set(starts) <= set(zeros)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_tied_rotary_builds(capability):
     cos = meta(37, 64, dtype=torch.bfloat16)

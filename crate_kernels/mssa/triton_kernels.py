@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..library import on_device_of
-from ..triton_common import dot, dot_precision
+from ..triton_common import add_dot, dot, dot_precision
 from .dropout import threshold
 from .masks import FULL, Mask, lse_shape
 from .triton_dropout import dropped, grown
@@ -55,7 +55,7 @@ class TileConfig:
 
 def forward_config(dtype: torch.dtype, head_dim: int, n: int) -> TileConfig:
     if dtype == torch.float32:
-        return TileConfig(64, 32, 4, 2) if head_dim <= 128 else TileConfig(32, 16, 4, 2)
+        return TileConfig(64, 32, 8, 2) if head_dim <= 128 else TileConfig(32, 16, 8, 2)
     if head_dim > 128:
         return TileConfig(64, 32, 4, 2)
     if head_dim > 64:
@@ -69,7 +69,7 @@ def backward_config(
     """``more``: with a window or dropout."""
     if dtype == torch.float32:
         small = head_dim <= 128 and not more
-        return TileConfig(32, 32, 4, 2) if small else TileConfig(16, 16, 4, 2)
+        return TileConfig(32, 32, 8, 2) if small else TileConfig(16, 16, 8, 2)
     if head_dim > 128:
         return TileConfig(32, 32, 4, 2)
     if more:  # without spilt registers; not measured yet
@@ -109,7 +109,7 @@ def _visit(
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
         p = tl.where(dropped(rows_j, rows_i, head, seed, below)[0], 0.0, p)
-    acc = dot(p.to(w_i.dtype), w_i, acc * shrink[:, None], PRECISION)
+    acc = add_dot(p.to(w_i.dtype), w_i, acc * shrink[:, None], PRECISION)
     return acc, m_new, total
 
 
@@ -254,12 +254,12 @@ def _visit_backward(
             v_ij = p_ij
             if seed is not None:
                 v_ij = tl.where(drop_ij, 0.0, p_ij * growth)
-            acc = dot(v_ij.to(do_i.dtype), do_i, acc, PRECISION)
+            acc = add_dot(v_ij.to(do_i.dtype), do_i, acc, PRECISION)
             dp_ij = dot(w_j, tl.trans(do_i), None, PRECISION)  # dP_ij^T
             if seed is not None:
                 dp_ij = tl.where(drop_ij, 0.0, dp_ij * growth)
             ds += p_ij * (dp_ij * scale - delta_i[None, :])
-        acc = dot(ds.to(w_i.dtype), w_i, acc, PRECISION)
+        acc = add_dot(ds.to(w_i.dtype), w_i, acc, PRECISION)
     return acc
 
 

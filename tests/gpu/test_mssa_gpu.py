@@ -186,6 +186,11 @@ def test_float32_as_torch_is_told(precision):
     check(*tokens(2, 150, 3, 64, torch.float32), "triton")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_float32_does_not_lose_bits_with_length(causal):
+    check(*tokens(1, 4096, 1, 64, torch.float32), "triton", heads=1, causal=causal)
+
+
 def in_wider_rows(by, offset):
     """Between rows that are NaN, ``by`` elements longer than its own."""
 
