@@ -55,18 +55,21 @@ def mask_and_sum_kernel(
     tl.store(PARTS + at, tl.sum(total, 0, keep_dims=True), mask=col < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wants_step"])
 def threshold_gradient_kernel(
-    A, M, PARTS, STEP_SIZE, LAMBD, DSTEP, DLAMBD, n_parts, D,
-    STEP_STRIDE: tl.constexpr, LAMBD_STRIDE: tl.constexpr, WANTS_STEP: tl.constexpr,
+    A, M, PARTS, STEP_SIZE, LAMBD, DSTEP, DLAMBD, n_parts, D, wants_step,
+    STEP_STRIDE: tl.constexpr, LAMBD_STRIDE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """DSTEP, where wanted: sum_j A_jc M_jc - lambda_c s_c; DLAMBD: -eta_c s_c; s sums PARTS."""
+    """DSTEP, where wanted: sum_j A_jc M_jc - lambda_c s_c; DLAMBD: -eta_c s_c; s sums PARTS.
+
+    One build does both: without A, Triton would lay tiles out, and so sum, in another way.
+    """
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     s = _column_sums(PARTS, PARTS, n_parts, D, col, False, ROWS, COLS)
     step_size = tl.load(STEP_SIZE + col * STEP_STRIDE, mask=col < D, other=0.0).to(tl.float32)
     tl.store(DLAMBD + col, -step_size * s, mask=col < D)
-    if WANTS_STEP:
+    if wants_step:
         lambd = tl.load(LAMBD + col * LAMBD_STRIDE, mask=col < D, other=0.0).to(tl.float32)
         product = _column_sums(M, A, D, D, col, True, ROWS, COLS)
         tl.store(DSTEP + col, product - lambd * s, mask=col < D)
@@ -181,9 +184,10 @@ def _threshold_gradients(
     dstep, dlambd = (torch.empty(d, dtype=torch.float32, device=parts.device) for _ in range(2))
     with on_device_of(parts):
         threshold_gradient_kernel[(triton.cdiv(d, 32),)](
-            gram, m, parts, step_size, lambd, dstep, dlambd, parts.shape[0], d,
+            gram, parts if m is None else m, parts, step_size, lambd, dstep, dlambd,
+            parts.shape[0], d, int(wants_step),
             STEP_STRIDE=0 if step_size.numel() == 1 else 1,
             LAMBD_STRIDE=0 if lambd.numel() == 1 else 1,
-            WANTS_STEP=wants_step, ROWS=128, COLS=32, num_warps=4,
+            ROWS=128, COLS=32, num_warps=4,
         )  # fmt: skip
     return dstep, dlambd
