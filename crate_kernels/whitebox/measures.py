@@ -162,6 +162,10 @@ def gram(z: Tensor, *, normalise: bool = True) -> Tensor:
         rows = z.to(dtype, memory_format=torch.contiguous_format).reshape(-1, n, d)
         left, right = (rows.mT, rows) if d <= n else (rows, rows.mT)
         products = torch.bmm(left, right, wide) if narrow else torch.bmm(left, right)
+        if narrow and n < d:  # rounded tokens are not quite of length 1; the diagonal has theirs
+            squares = products.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(wide).tiny)
+            lengths = squares.sqrt()
+            products.div_(lengths.unsqueeze(1)).div_(lengths.unsqueeze(2))
         return products.view(*z.shape[:-2], *products.shape[1:])
 
 
