@@ -62,9 +62,9 @@ void bind_attention(py::module_& module) {
     module.def(
         "attention_backward",
         [](Pointer grad_o, int64_t grad_o_stride_batch, int64_t grad_o_stride_row, Pointer w,
-           int64_t w_stride_batch, int64_t w_stride_row, Pointer o, Pointer lse, Pointer scratch,
-           Pointer grad_w, int batch, int n, int heads, int head_dim, float scale, bool causal,
-           const std::string& dtype, Pointer stream) {
+           int64_t w_stride_batch, int64_t w_stride_row, Pointer o, Pointer lse, Pointer delta,
+           Pointer scratch, Pointer grad_w, int batch, int n, int heads, int head_dim, float scale,
+           bool causal, const std::string& dtype, Pointer stream) {
             const AttentionBackward args{
                 .grad_o = at<const void>(grad_o),
                 .grad_o_stride_batch = grad_o_stride_batch,
@@ -74,6 +74,7 @@ void bind_attention(py::module_& module) {
                 .w_stride_row = w_stride_row,
                 .o = at<const void>(o),
                 .lse = at<const float>(lse),
+                .delta = at<const float>(delta),
                 .scratch = at<void>(scratch),
                 .grad_w = at<void>(grad_w),
                 .batch = batch,
@@ -89,9 +90,52 @@ void bind_attention(py::module_& module) {
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("grad_o"),
         py::arg("grad_o_stride_batch"), py::arg("grad_o_stride_row"), py::arg("w"),
         py::arg("w_stride_batch"), py::arg("w_stride_row"), py::arg("o"), py::arg("lse"),
-        py::arg("scratch"), py::arg("grad_w"), py::arg("batch"), py::arg("n"), py::arg("heads"),
-        py::arg("head_dim"), py::arg("scale"), py::arg("causal"), py::arg("dtype"),
-        py::arg("stream"));
+        py::arg("delta"), py::arg("scratch"), py::arg("grad_w"), py::arg("batch"), py::arg("n"),
+        py::arg("heads"), py::arg("head_dim"), py::arg("scale"), py::arg("causal"),
+        py::arg("dtype"), py::arg("stream"));
+
+    module.def(
+        "normed_projection",
+        [](Pointer x, Pointer stats, Pointer weight, Pointer sums, Pointer shift, Pointer w,
+           int64_t rows, int d, int inner, const std::string& dtype, Pointer stream) {
+            const NormedProjection args{
+                .x = at<const void>(x),
+                .stats = at<const float>(stats),
+                .weight = at<const void>(weight),
+                .sums = at<const float>(sums),
+                .shift = at<const float>(shift),
+                .w = at<void>(w),
+                .rows = rows,
+                .d = d,
+                .inner = inner,
+                .dtype = dtype_named(dtype),
+            };
+            normed_projection(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("x"), py::arg("stats"),
+        py::arg("weight"), py::arg("sums"), py::arg("shift"), py::arg("w"), py::arg("rows"),
+        py::arg("d"), py::arg("inner"), py::arg("dtype"), py::arg("stream"));
+
+    module.def(
+        "output_gradient",
+        [](Pointer dy, Pointer w_out, Pointer o, Pointer grad_o, Pointer delta, int64_t rows, int d,
+           int heads, const std::string& dtype, Pointer stream) {
+            const OutputGradient args{
+                .dy = at<const void>(dy),
+                .w_out = at<const void>(w_out),
+                .o = at<const void>(o),
+                .grad_o = at<void>(grad_o),
+                .delta = at<float>(delta),
+                .rows = rows,
+                .d = d,
+                .heads = heads,
+                .dtype = dtype_named(dtype),
+            };
+            output_gradient(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("dy"), py::arg("w_out"),
+        py::arg("o"), py::arg("grad_o"), py::arg("delta"), py::arg("rows"), py::arg("d"),
+        py::arg("heads"), py::arg("dtype"), py::arg("stream"));
 
     module.def("attention_backward_scratch", &attention_backward_scratch, py::kw_only(),
                py::arg("batch"), py::arg("n"), py::arg("heads"));

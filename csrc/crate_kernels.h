@@ -25,16 +25,46 @@ struct AttentionForward {
 };
 void attention_forward(const AttentionForward& args, cudaStream_t stream);
 
+// w = LN(x) U^T = rstd (x (U diag(gamma))^T - mean s) + U beta, s = rowsum(U diag(gamma)): no
+// normed rows are written. Contiguous; d and inner multiples of 8, pointers of 16 bytes.
+struct NormedProjection {
+    const void* x;       // (rows, d), float16 or bfloat16
+    const float* stats;  // (rows, 2): mean and rstd of each row
+    const void* weight;  // U diag(gamma): (inner, d), as x
+    const float* sums;   // s: (inner)
+    const float* shift;  // U beta: (inner)
+    void* w;             // (rows, inner), as x
+    int64_t rows;
+    int d, inner;
+    Dtype dtype;
+};
+void normed_projection(const NormedProjection& args, cudaStream_t stream);
+
+// dO = dy V, and delta = rowsum(dO * O) of each head: what comes before attention_backward where o
+// was projected by V. head_dim is 64; rows are contiguous, pointers multiples of 16 bytes.
+struct OutputGradient {
+    const void* dy;     // (rows, d), float16 or bfloat16
+    const void* w_out;  // V: (d, heads * 64)
+    const void* o;      // (rows, heads * 64)
+    void* grad_o;       // as o
+    float* delta;       // (heads, rows)
+    int64_t rows;
+    int d, heads;
+    Dtype dtype;
+};
+void output_gradient(const OutputGradient& args, cudaStream_t stream);
+
 // dw = P^T dO + scale (dS + dS^T) w, dS = P * (dP - delta), dP = dO w^T, delta = rowsum(dO * O).
 struct AttentionBackward {
     const void* grad_o;  // (batch, n, heads * head_dim), as w
     int64_t grad_o_stride_batch, grad_o_stride_row;
     const void* w;
     int64_t w_stride_batch, w_stride_row;
-    const void* o;     // contiguous, of the forward
-    const float* lse;  // (batch, heads, n), of the forward
-    void* scratch;     // attention_backward_scratch(batch, n, heads) bytes
-    void* grad_w;      // as w, contiguous
+    const void* o;       // contiguous, of the forward
+    const float* lse;    // (batch, heads, n), of the forward
+    const float* delta;  // (heads, batch, n), or null: made from grad_o and o
+    void* scratch;       // attention_backward_scratch(batch, n, heads) bytes
+    void* grad_w;        // as w, contiguous
     int batch, n, heads, head_dim;
     float scale;
     bool causal;
@@ -65,10 +95,10 @@ struct IstaForward {
 void ista_forward(const IstaForward& args, cudaStream_t stream);
 int64_t ista_mask_bytes(int64_t rows, int d);
 
-// g = dy where the mask has ones, else 0; dx = g + g G^T.
+// g = dy where the mask has ones, else 0; dx = g + g G^T. Without a mask dy is g, of dtype.
 struct IstaBackward {
     const void* dy;    // (rows, d), x_dtype
-    const void* mask;  // of the forward
+    const void* mask;  // of the forward, or null: then dx is wanted and g is not
     const void* gram;  // (d, d), dtype
     void* g;           // (rows, d), dtype; null where unwanted, if dx is not and x_dtype is dtype
     void* dx;          // (rows, d), x_dtype; null where unwanted

@@ -258,6 +258,7 @@ bool test_attention(const AttentionCase& c) {
                             .w_stride_row = w_stride,
                             .o = o.data(),
                             .lse = lse.data(),
+                            .delta = nullptr,
                             .scratch = scratch.data(),
                             .grad_w = grad_w.data(),
                             .batch = c.batch,
@@ -467,6 +468,147 @@ bool test_ista(const IstaCase& c) {
     return passed && same_g;
 }
 
+bool test_output_gradient(Dtype dtype, int rows, int d, int heads) {
+    std::mt19937 generator(rows);
+    const int inner = 64 * heads;
+    std::string name = std::string("output gradient ") + name_of(dtype) + " " +
+                       std::to_string(rows) + " x " + std::to_string(d) + ", " +
+                       std::to_string(heads) + " heads";
+    Round round = rounding_to(dtype);
+    Values dy = random_values(size_t(rows) * d, dtype, generator);
+    Values w_out = random_values(size_t(d) * inner, dtype, generator);
+    Values o = random_values(size_t(rows) * inner, dtype, generator);
+    DeviceArray dy_in(to_bytes(dy, dtype)), w_out_in(to_bytes(w_out, dtype)),
+        o_in(to_bytes(o, dtype));
+    DeviceArray<unsigned char> grad_o(o_in.size());
+    DeviceArray<float> delta(size_t(heads) * rows);
+    Bytes grad_o_of[2];
+    std::vector<float> delta_of[2];
+    for (int run = 0; run < 2; ++run) {
+        grad_o.poison(), delta.poison();
+        output_gradient({.dy = dy_in.data(),
+                         .w_out = w_out_in.data(),
+                         .o = o_in.data(),
+                         .grad_o = grad_o.data(),
+                         .delta = delta.data(),
+                         .rows = rows,
+                         .d = d,
+                         .heads = heads,
+                         .dtype = dtype},
+                        nullptr);
+        check(cudaDeviceSynchronize());
+        grad_o_of[run] = grad_o.on_host(), delta_of[run] = delta.on_host();
+    }
+    bool passed = grad_o_of[0] == grad_o_of[1] && delta_of[0] == delta_of[1];
+    if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
+    auto product = [&](const Round& to) {
+        return add_product(
+            Values(size_t(rows) * inner), rows, inner, d,
+            [&](int i, int j) { return dy[size_t(i) * d + j]; },
+            [&](int i, int j) { return w_out[size_t(i) * inner + j]; }, to);
+    };
+    auto sums = [&](const Values& t) {
+        Values sum(size_t(heads) * rows);
+        for (int i = 0; i < rows; ++i) {
+            for (int j = 0; j < inner; ++j) {
+                size_t at = size_t(i) * inner + j;
+                sum[size_t(j / 64) * rows + i] += t[at] * o[at];
+            }
+        }
+        return sum;
+    };
+    Values want = product(exact), plain = product(round);
+    passed &= close_enough(name + ", dO", from_bytes(grad_o_of[0], dtype), plain, want, 2,
+                           unit_of(dtype));
+    passed &= close_enough(name + ", delta", Values(delta_of[0].begin(), delta_of[0].end()),
+                           sums(plain), sums(want), 2, 0x1p-19);
+    return passed;
+}
+
+bool test_normed_projection(Dtype dtype, int rows, int d, int inner) {
+    std::mt19937 generator(rows);
+    std::string name = std::string("normed projection ") + name_of(dtype) + " " +
+                       std::to_string(rows) + " x " + std::to_string(d) + " x " +
+                       std::to_string(inner);
+    Round round = rounding_to(dtype);
+    Values x = random_values(size_t(rows) * d, dtype, generator);
+    Values weight = random_values(size_t(inner) * d, dtype, generator);
+    for (double& value : x) value = round(value + 0.5);  // a mean
+    std::vector<float> stats(2 * size_t(rows)), sums(inner), shift(inner);
+    for (int i = 0; i < rows; ++i) {
+        double mean = 0, square = 1e-5;
+        for (int k = 0; k < d; ++k) mean += x[size_t(i) * d + k] / d;
+        for (int k = 0; k < d; ++k) square += std::pow(x[size_t(i) * d + k] - mean, 2) / d;
+        stats[2 * i] = mean, stats[2 * i + 1] = 1 / std::sqrt(square);
+    }
+    for (int j = 0; j < inner; ++j) {
+        double sum = 0;
+        for (int k = 0; k < d; ++k) sum += weight[size_t(j) * d + k];
+        sums[j] = sum, shift[j] = weight[size_t(j) * d];
+    }
+    DeviceArray x_in(to_bytes(x, dtype)), weight_in(to_bytes(weight, dtype));
+    DeviceArray stats_in(stats), sums_in(sums), shift_in(shift);
+    DeviceArray<unsigned char> w(size_t(rows) * inner * 2);
+    Bytes w_of[2];
+    for (Bytes& result : w_of) {
+        w.poison();
+        normed_projection({.x = x_in.data(),
+                           .stats = stats_in.data(),
+                           .weight = weight_in.data(),
+                           .sums = sums_in.data(),
+                           .shift = shift_in.data(),
+                           .w = w.data(),
+                           .rows = rows,
+                           .d = d,
+                           .inner = inner,
+                           .dtype = dtype},
+                          nullptr);
+        check(cudaDeviceSynchronize());
+        result = w.on_host();
+    }
+    bool passed = w_of[0] == w_of[1];
+    if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
+    auto normed = [&](const Round& to) {
+        Values shifts(size_t(rows) * inner);
+        for (size_t i = 0; i < shifts.size(); ++i) shifts[i] = shift[i % inner];
+        Values sum = add_product(
+            shifts, rows, inner, d,
+            [&](int i, int k) {
+                return to((x[size_t(i) * d + k] - stats[2 * i]) * stats[2 * i + 1]);
+            },
+            [&](int k, int j) { return weight[size_t(j) * d + k]; }, exact);
+        for (double& value : sum) value = to(value);
+        return sum;
+    };
+    return passed & close_enough(name + ", w", from_bytes(w_of[0], dtype), normed(round),
+                                 normed(exact), 2, unit_of(dtype));
+}
+
+bool test_normed_projection_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (auto [rows, d, inner] : {std::array{40000, 64, 64},
+                                      {333, 104, 144},
+                                      {129, 200, 80},
+                                      {1, 8, 256},
+                                      {700, 384, 384}}) {
+            passed &= test_normed_projection(dtype, rows, d, inner);
+        }
+    }
+    return passed;
+}
+
+bool test_output_gradient_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (auto [rows, d, heads] :
+             {std::array{40000, 64, 1}, {333, 104, 3}, {129, 200, 2}, {1, 8, 5}, {700, 384, 6}}) {
+            passed &= test_output_gradient(dtype, rows, d, heads);
+        }
+    }
+    return passed;
+}
+
 bool test_ista_everywhere() {
     bool passed = true;
     for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
@@ -493,6 +635,8 @@ int main() {
     try {
         // One test per op.
         bool passed = test_attention_everywhere();
+        passed &= test_normed_projection_everywhere();
+        passed &= test_output_gradient_everywhere();
         passed &= test_ista_everywhere();
         return passed ? 0 : 1;
     } catch (const std::exception& error) {

@@ -147,14 +147,30 @@ def test_gradients_are_as_compiled_code_expects_them(memory):
     for k in ("w_qkv", "w_out", "weight"):
         inputs[k] = inputs[k].t().contiguous().t()
     leaves = [inputs[name] for name in ("x", *PARAMETERS)]
-    ops, options = torch.ops.crate_kernels, (2, 8**-0.5, False, 1e-5, 0.1)
+    ops, options, masks = torch.ops.crate_kernels, (2, 8**-0.5, False, 1e-5, 0.1), (False, False)
     y, xc, *kept, _ = ops.crate_block(
-        *leaves, None, torch.bfloat16, *options, 0.1, memory, "reference", "reference"
+        *leaves, None, torch.bfloat16, *options, 0.1, *masks, memory, "reference", "reference"
     )
-    given = (torch.ones_like(y), xc, *kept, y, *leaves[1:], [True] * 9, *options, memory)
+    given = (torch.ones_like(y), xc, *kept, y, *leaves[1:], [True] * 9, *options, *masks, memory)
     found = ops.crate_block_backward(*given, "reference", "reference")
     assert [g.dtype for g in found] == [y.dtype, *(t.dtype for t in leaves[1:])]
     assert all(g.is_contiguous() for g in found)
+
+
+def test_two_layers_may_share_a_mask():
+    """dx with zeros where x has them changes no gradient of the layer before, which need not mask."""
+    first, second = (block_inputs(2, 9, 2, 8) for _ in range(2))
+    second.pop("x")
+    found = []
+    for masks in (False, True):
+        leaves = [{k: t.clone().requires_grad_() for k, t in p.items()} for p in (first, second)]
+        y = crate_block(**leaves[0], heads=2, dy_is_masked=masks)
+        seen = []
+        y.register_hook(seen.append)
+        crate_block(y, **leaves[1], heads=2, masks_dx=masks).square().sum().backward()
+        assert torch.equal(seen[0] == 0, y == 0) == masks
+        found.append([t.grad for p in leaves for t in p.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_graph_captured_without_gradients_can_be_trained():

@@ -104,12 +104,13 @@ def test_opcheck_ista(x_dtype, c_dtype, form):
 
 @pytest.mark.parametrize("memory", ["default", "low", "none"])
 @pytest.mark.parametrize("c_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("out", [True, False])
-def test_opcheck_crate_block(memory, c_dtype, out):
+@pytest.mark.parametrize(("out", "masks_dx"), [(True, True), (False, False)])
+def test_opcheck_crate_block(memory, c_dtype, out, masks_dx):
     inputs = {k: t.float() for k, t in block_inputs(2, 5, 2, 4, out=out).items()}
     given = [inputs.get(name) for name in ("x", *PARAMETERS)]
     dtype = getattr(torch, c_dtype)
-    rest = (None, dtype, 2, 0.5, False, 1e-5, 0.1, 0.1, memory, "reference", "reference")
+    masks = (masks_dx, False)
+    rest = (None, dtype, 2, 0.5, False, 1e-5, 0.1, 0.1, *masks, memory, "reference", "reference")
     torch.library.opcheck(OPS.crate_block, (*given, *rest))
     if memory == "none":
         return
@@ -120,7 +121,7 @@ def test_opcheck_crate_block(memory, c_dtype, out):
     saved = (torch.randn_like(y), given[0] if xc.numel() == 0 else xc, *kept, y, *given[1:])
     for wants in ([True] * 9, [name in ("x", "w_qkv") for name in ("x", *PARAMETERS)]):
         wants = [want and t is not None for want, t in zip(wants, given, strict=True)]
-        options = (wants, 2, 0.5, False, 1e-5, 0.1, memory, "reference", "reference")
+        options = (wants, 2, 0.5, False, 1e-5, 0.1, *masks, memory, "reference", "reference")
         torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
 
 

@@ -97,8 +97,10 @@ def launch_block(dtype, x_dtype, d):
     gamma = meta(d, dtype=torch.float32)
     block_kernels.normalise(x, None, None, gamma, gamma, 1e-5, dtype)
     z, h, stats = block_kernels.normalise(x, p, gamma, gamma, gamma, 1e-5, dtype)
+    block_kernels.statistics(x, 1e-5, dtype)
+    block_kernels.fold(meta(2 * d, d, dtype=x_dtype), gamma, gamma, dtype)
     block_kernels.normalise_backward(h, z, stats, gamma, gamma, None, True, True)
-    block_kernels.normalise_backward(h, z, stats, gamma, gamma, z, False, False)
+    block_kernels.normalise_backward(h, z, stats, gamma, gamma, z, False, False, True)
 
 
 def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):

@@ -5,6 +5,7 @@ The passes in order, with what each reads and writes of (rows, D) tensors betwee
     forward   x -> h | w = h U^T | o = attention(w) | p = o V^T | x, p -> z, u | y = ISTA(u)
     backward  du = ISTA'(dy) | du, z -> dz, u | do = dz V | dw = attention'(do) | dh = dw U
               | dh, x, dz -> dx, h | and the weights' gradients from u, o and h
+Where a GEMM norms its products instead of its rows, the first pass only reads x and h is not there.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def crate_block(
     step_size: float = 0.1,
     lambd: float = 0.1,
     memory: str = "default",
+    masks_dx: bool = False,
+    dy_is_masked: bool = False,
     gram: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -69,6 +72,10 @@ def crate_block(
         memory: what is kept for the backward pass, in tensors of B*N*D elements. "default": x,
             w, o and z (four; the normed h and u are made again). "low": x and o (two; w and z
             are made again too, by two more GEMMs). x is the y of the layer before, kept once.
+        masks_dx, dy_is_masked: between two layers, for the y of one that is the x of the next and
+            goes nowhere else. ISTA passes no gradient where y = 0: the next layer may return its
+            dx with zeros there already (masks_dx), so that the one before need not mask its dy
+            (dy_is_masked). Wrong gradients if only the latter is set.
         gram: G = eta (W - W^T W) of ``weight``, (D, D) in the GEMMs' dtype, if it is there already.
             Used where no gradient is wanted; without it G is kept as :func:`crate_kernels.ista`
             keeps it.
@@ -113,8 +120,9 @@ def crate_block(
         if gram is None and not torch.compiler.is_compiling():
             gram = cached_gram(weight, step_size, dtype, _ista_kernels(dictionary))
     numbers = (heads, scale, causal, float(eps), float(step_size), float(lambd))
+    masked = (masks_dx, dy_is_masked)
     y, *_ = torch.ops.crate_kernels.crate_block(
-        x, *parameters, gram, dtype, *numbers, memory, attention, dictionary
+        x, *parameters, gram, dtype, *numbers, *masked, memory, attention, dictionary
     )
     return y
 
@@ -194,6 +202,27 @@ def _linear(t: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(t, weight.to(t.dtype))
 
 
+def _project(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w_qkv: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    rows: Any,
+    attention: str,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """x in ``dtype``, h = LN(x) unless w = h U^T was made without it, w, and the statistics of x."""
+    d = x.shape[-1]
+    kernels = _attention_kernels(attention)
+    if attention == "cuda" and kernels.takes_rows(x.numel() // d, w_qkv.shape[0], d):
+        xc, stats = rows.statistics(x, eps, dtype)
+        w = kernels.normed_projection(xc, stats, rows.fold(w_qkv, gamma, beta, dtype))
+        return xc, None, w, stats
+    xc, h, stats = rows.normalise(x, None, None, gamma, beta, eps, dtype)
+    return xc, h, _linear(h, w_qkv), stats
+
+
 def _forward(
     x: Tensor,
     norm1_weight: Tensor,
@@ -212,6 +241,8 @@ def _forward(
     eps: float,
     step_size: float,
     lambd: float,
+    masks_dx: bool,
+    dy_is_masked: bool,
     memory: str,
     attention: str,
     dictionary: str,
@@ -219,8 +250,8 @@ def _forward(
     """y, then what the backward pass needs: xc, stats1, w, o, lse, z, stats2, G, and y > 0."""
     rows, ista = _rows(attention, dictionary), _ista_kernels(dictionary)
     given, x = x, x.contiguous()
-    xc, h, stats1 = rows.normalise(x, None, None, norm1_weight, norm1_bias, eps, dtype)
-    w = _linear(h, w_qkv)
+    norm1 = (norm1_weight, norm1_bias)
+    xc, h, w, stats1 = _project(x, *norm1, w_qkv, eps, dtype, rows, attention)
     del h
     o, lse = _attention_kernels(attention).forward(w, heads, scale, causal)
     p = o if w_out is None else _linear(o, w_out)
@@ -232,7 +263,7 @@ def _forward(
         y = ista.apply_gram(u, u, gram, step_size * lambd)
         return y, *(empty(0) for _ in range(9))
     gram = ista.make_gram(weight, step_size, dtype)
-    if dictionary == "cuda":
+    if dictionary == "cuda" and not dy_is_masked:
         y, mask = ista.apply_gram_and_mask(u, u, gram, step_size * lambd)
     else:
         y, mask = ista.apply_gram(u, u, gram, step_size * lambd), empty(0, dtype=torch.uint8)
@@ -266,6 +297,8 @@ def _backward(
     causal: bool,
     eps: float,
     step_size: float,
+    masks_dx: bool,
+    dy_is_masked: bool,
     memory: str,
     attention: str,
     dictionary: str,
@@ -279,7 +312,11 @@ def _backward(
         p = o if w_out is None else _linear(o, w_out)
         z, u, stats2 = rows.normalise(xc, p, b_out, norm2_weight, norm2_bias, eps, dtype)
         del p
-    du, g = ista.input_gradient(dy, kept, gram)
+    if dictionary == "cuda" and dy_is_masked:
+        g = dy.contiguous()
+        du = ista.gradient_of_masked(g, gram)
+    else:
+        du, g = ista.input_gradient(dy, kept, gram)
     dz, u_again, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
         du, z, stats2, norm2_weight, norm2_bias, None, wanted["weight"] and not low, wanted["b_out"]
     )
@@ -289,15 +326,22 @@ def _backward(
     del u, u_again, g
     if w_out is not None and wanted["w_out"]:
         dw_out = sum_over_tokens(dz, o, w_out.dtype)
-    do = dz if w_out is None else dz @ w_out.to(dtype)
+    kernels, sums = _attention_kernels(attention), {}
+    if w_out is None:
+        do = dz
+    elif attention == "cuda":
+        do, sums["delta"] = kernels.output_gradient(dz, w_out.to(dtype), o, heads)
+    else:
+        do = dz @ w_out.to(dtype)
     if low:
-        _, h, stats1 = rows.normalise(xc, None, None, norm1_weight, norm1_bias, eps, dtype)
-        w = _linear(h, w_qkv)
-    dw = _attention_kernels(attention).backward(do, w, o, lse, heads, scale, causal)
-    del do, w
+        norm1 = (norm1_weight, norm1_bias)
+        _, h, w, stats1 = _project(xc, *norm1, w_qkv, eps, dtype, rows, attention)
+    dw = kernels.backward(do, w, o, lse, heads, scale, causal, **sums)
+    del do, w, sums
     dh = dw @ w_qkv.to(dtype)
+    wants_h = wanted["w_qkv"] and h is None
     dx, h_again, dnorm1_weight, dnorm1_bias, _ = rows.normalise_backward(
-        dh, xc, stats1, norm1_weight, norm1_bias, dz, wanted["w_qkv"] and not low, False
+        dh, xc, stats1, norm1_weight, norm1_bias, dz, wants_h, False, masks_dx
     )
     h = h_again if h is None else h
     dw_qkv = sum_over_tokens(dw, h, w_qkv.dtype) if wanted["w_qkv"] else None
@@ -318,7 +362,7 @@ def _backward(
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, _, w_qkv, _, _, _, _, weight = rest[:8]
-    _, dtype, heads, *_, memory, _, dictionary = rest[8:]
+    _, dtype, heads, *_, dy_is_masked, memory, _, dictionary = rest[8:]
     n_rows, d = x.shape[0] * x.shape[1], x.shape[2]
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -331,7 +375,8 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     xc = new(0) if x.dtype == dtype and x.is_contiguous() else new(*x.shape)
     inner = (*x.shape[:2], w_qkv.shape[0])
     lse = new(x.shape[0], heads, x.shape[1], dtype=wide)
-    bits = _ista_kernels(dictionary).mask_bytes(n_rows, d) if dictionary == "cuda" else 0
+    makes_bits = dictionary == "cuda" and not dy_is_masked
+    bits = _ista_kernels(dictionary).mask_bytes(n_rows, d) if makes_bits else 0
     gram, mask = new(*weight.shape), new(bits, dtype=torch.uint8)
     if memory == "low":
         none = (new(0, dtype=wide), new(0)), (new(0), new(0, dtype=wide))
@@ -362,7 +407,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 20
+        return (None,) * 22
     wants = list(ctx.needs_input_grad[:9])
     found = torch.ops.crate_kernels.crate_block_backward(
         dy, *ctx.saved_tensors, wants, *ctx.options
@@ -370,14 +415,15 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
     gradients = [g if want else None for g, want in zip(found, wants, strict=True)]
     if gradients[0] is not None:
         gradients[0] = gradients[0].to(ctx.x_dtype)
-    return (*gradients, *(None for _ in range(11)))
+    return (*gradients, *(None for _ in range(13)))
 
 
 define(
     "crate_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor w_qkv, Tensor? w_out,"
     " Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias, Tensor weight, Tensor? gram,"
     " ScalarType dtype, int heads, float scale, bool causal, float eps, float step_size,"
-    " float lambd, str memory, str attention, str dictionary) -> (Tensor y, Tensor xc,"
+    " float lambd, bool masks_dx, bool dy_is_masked, str memory, str attention,"
+    " str dictionary) -> (Tensor y, Tensor xc,"
     " Tensor stats1, Tensor w, Tensor o, Tensor lse, Tensor z, Tensor stats2, Tensor made_gram,"
     " Tensor mask)",
     _forward,
@@ -388,7 +434,8 @@ define(
     " Tensor z, Tensor stats2, Tensor gram, Tensor kept, Tensor norm1_weight, Tensor norm1_bias,"
     " Tensor w_qkv, Tensor? w_out, Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias,"
     " Tensor weight, bool[] wants, int heads, float scale, bool causal, float eps,"
-    " float step_size, str memory, str attention, str dictionary) -> Tensor[]",
+    " float step_size, bool masks_dx, bool dy_is_masked, str memory, str attention,"
+    " str dictionary) -> Tensor[]",
     _backward,
     _backward_fake,
 )

@@ -42,9 +42,11 @@ def normalise_backward(
     skip: Tensor | None,
     wants_h: bool,
     wants_sum: bool,
+    masks: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """dz = the norm's gradient (+ skip), h again, dgamma, dbeta, and the sum of dz over rows.
 
+    Where ``masks``, dz is 0 where z is.
     The sums are in the dtype of the stats.
     """
     wide, rows = _wide(z), (*z.shape[:-1], 1)
@@ -55,6 +57,8 @@ def normalise_backward(
     )
     if skip is not None:
         dz = dz + skip
+    if masks:
+        dz = dz.masked_fill(z == 0, 0)
     h = torch.addcmul(bc, (wide - mean) * rstd, gc).to(z.dtype) if wants_h else None
     dsum = dz.flatten(0, -2).sum(0) if wants_sum else None
     return dz.to(z.dtype), h, dgamma, dbeta, dsum

@@ -1,8 +1,9 @@
 """The passes over rows of a CRATE layer in Triton: bound by memory, each tensor read once.
 
     forward   z = x (+ p + b), h = gamma (z - mean) rstd + beta            normalise_kernel
+              U diag(gamma), its row sums and U beta, in place of h        fold_kernel
     backward  t = gamma dh, zhat = (z - mean) rstd                         normalise_backward_kernel
-              dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip), and h again
+              dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is), and h again
               dgamma = sum dh zhat, dbeta = sum dh, db = sum dz            and sum_partials_kernel
 
 A program of the backward pass keeps its part of the three sums in registers; the parts are added
@@ -46,14 +47,15 @@ def backward_config(d: int) -> RowsConfig:
 def normalise_kernel(
     X, P, BIAS, GAMMA, BETA, Z, H, STATS, n_rows, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, WRITE_Z: tl.constexpr,
+    ADD: tl.constexpr, ADD_BIAS: tl.constexpr, WRITE_Z: tl.constexpr, WRITE_H: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     at = row.to(tl.int64) * D + col
     inside = (row < n_rows) & (col < D)
-    gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
-    beta = tl.load(BETA + col, mask=col < D, other=0.0).to(tl.float32)
+    if WRITE_H:
+        gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
+        beta = tl.load(BETA + col, mask=col < D, other=0.0).to(tl.float32)
     z = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         z += tl.load(P + at, mask=inside, other=0.0).to(tl.float32)
@@ -64,10 +66,28 @@ def normalise_kernel(
     mean = tl.sum(z, 1, keep_dims=True) / D
     away = tl.where(col < D, z - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(away * away, 1, keep_dims=True) / D + eps)
-    h = gamma * (away * rstd) + beta
-    tl.store(H + at, h.to(H.dtype.element_ty), mask=inside)
+    if WRITE_H:
+        h = gamma * (away * rstd) + beta
+        tl.store(H + at, h.to(H.dtype.element_ty), mask=inside)
     tl.store(STATS + 2 * row, mean, mask=row < n_rows)
     tl.store(STATS + 2 * row + 1, rstd, mask=row < n_rows)
+
+
+@triton.jit
+def fold_kernel(
+    U, GAMMA, BETA, FOLDED, SUMS, SHIFT,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """FOLDED = U diag(gamma) in its dtype, SUMS its sum and SHIFT = U beta, a row a program."""
+    row = tl.program_id(0)
+    col = tl.arange(0, BLOCK)
+    u = tl.load(U + row.to(tl.int64) * D + col, mask=col < D, other=0.0).to(tl.float32)
+    gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
+    beta = tl.load(BETA + col, mask=col < D, other=0.0).to(tl.float32)
+    folded = (u * gamma).to(FOLDED.dtype.element_ty)
+    tl.store(FOLDED + row.to(tl.int64) * D + col, folded, mask=col < D)
+    tl.store(SUMS + row, tl.sum(folded.to(tl.float32), 0))
+    tl.store(SHIFT + row, tl.sum(u * beta, 0))
 
 
 @triton.jit
@@ -89,7 +109,7 @@ def _load_rows(
 def normalise_backward_kernel(
     DH, Z, STATS, GAMMA, BETA, SKIP, DZ, H, PARTIALS, n_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr,
+    ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz summed."""
     col = tl.arange(0, BLOCK)[None, :]
@@ -121,6 +141,8 @@ def normalise_backward_kernel(
         dz = rstd * (t - along - zhat * across)
         if ADD:
             dz += skip.to(tl.float32)
+        if MASK:
+            dz = tl.where(z == 0, 0.0, dz)
         tl.store(DZ + at, dz.to(DZ.dtype.element_ty), mask=inside)
         if WRITE_H:
             tl.store(H + at, (gamma * zhat + beta).to(H.dtype.element_ty), mask=inside)
@@ -170,13 +192,33 @@ def normalise(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x, gamma, beta = x.contiguous(), gamma.contiguous(), beta.contiguous()
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    z, stats = _launch_normalise(x, p, bias, gamma, beta, h, eps, dtype)
+    return z, h, stats
+
+
+def statistics(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in ``dtype``, and mean and rstd of its rows: :func:`normalise` without h."""
+    return _launch_normalise(x.contiguous(), None, None, None, None, None, eps, dtype)
+
+
+def _launch_normalise(
+    x: Tensor,
+    p: Tensor | None,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    h: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """z and the statistics; writes h where there is one."""
     d = x.shape[-1]
     n_rows = x.numel() // d
-    x, gamma, beta = x.contiguous(), gamma.contiguous(), beta.contiguous()
     bias = None if bias is None else bias.contiguous()
     writes_z = p is not None or x.dtype != dtype
     z = torch.empty(x.shape, dtype=dtype, device=x.device) if writes_z else x
-    h = torch.empty_like(z)
     stats = torch.empty(n_rows, 2, dtype=torch.float32, device=x.device)
     config = forward_config(d, p is not None)
     if n_rows > 0:
@@ -185,9 +227,24 @@ def normalise(
                 x, p, bias, gamma, beta, z, h, stats, n_rows, eps,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=p is not None, ADD_BIAS=bias is not None, WRITE_Z=writes_z,
-                num_warps=config.num_warps,
+                WRITE_H=h is not None, num_warps=config.num_warps,
             )  # fmt: skip
-    return z, h, stats
+    return z, stats
+
+
+def fold(
+    w: Tensor, gamma: Tensor, beta: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For LN(x) w^T without the normed rows: w diag(gamma) in ``dtype``, its row sums, w beta."""
+    rows, d = w.shape
+    folded = torch.empty(w.shape, dtype=dtype, device=w.device)
+    sums, shift = torch.empty(2, rows, dtype=torch.float32, device=w.device)
+    with on_device_of(w):
+        fold_kernel[(rows,)](
+            w.contiguous(), gamma.contiguous(), beta.contiguous(), folded, sums, shift,
+            D=d, BLOCK=triton.next_power_of_2(d), num_warps=2,
+        )  # fmt: skip
+    return folded, sums, shift
 
 
 def normalise_backward(
@@ -199,6 +256,7 @@ def normalise_backward(
     skip: Tensor | None,
     wants_h: bool,
     wants_sum: bool,
+    masks: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     d = z.shape[-1]
     n_rows = z.numel() // d
@@ -215,7 +273,7 @@ def normalise_backward(
             normalise_backward_kernel[(programs,)](
                 dh, z, stats, gamma, beta, skip, dz, h, partials, n_rows,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
-                ADD=skip is not None, WRITE_H=wants_h, SUM_DZ=wants_sum,
+                ADD=skip is not None, WRITE_H=wants_h, SUM_DZ=wants_sum, MASK=masks,
                 num_warps=config.num_warps,
             )  # fmt: skip
         sum_partials_kernel[(triton.cdiv(d, 32), n_sums)](

@@ -78,6 +78,17 @@ def input_gradient(
     return dx, g
 
 
+def gradient_of_masked(g: Tensor, gram: Tensor) -> Tensor:
+    """g + g G^T"""
+    g = _readable(g)
+    dx = torch.empty_like(g)
+    _launch(
+        "ista_backward", g,
+        dy=g, mask=None, gram=gram, g=None, dx=dx, dtype=gram.dtype, x_dtype=g.dtype,
+    )  # fmt: skip
+    return dx
+
+
 def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
     """dW = eta (M - W (M + M^T)), M = xc^T g summed in parts of the tokens, in float32."""
     xc = _readable(xc)

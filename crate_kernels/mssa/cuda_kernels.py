@@ -32,9 +32,16 @@ def forward(w: Tensor, heads: int, scale: float, causal: bool) -> tuple[Tensor, 
 
 
 def backward(
-    do: Tensor, w: Tensor, o: Tensor, lse: Tensor, heads: int, scale: float, causal: bool
+    do: Tensor,
+    w: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    heads: int,
+    scale: float,
+    causal: bool,
+    delta: Tensor | None = None,
 ) -> Tensor:
-    """dw, shaped as w, from do, shaped as o."""
+    """dw, shaped as w, from do, shaped as o, and delta where output_gradient has made it."""
     batch, n, _ = w.shape
     w, do = _readable_in_place(w), _readable_in_place(do)
     dw = w.new_empty(w.shape)
@@ -50,11 +57,75 @@ def backward(
             grad_o_stride_row=do.stride(1),
             o=o.data_ptr(),
             lse=lse.data_ptr(),
+            delta=0 if delta is None else delta.data_ptr(),
             scratch=scratch.data_ptr(),
             grad_w=dw.data_ptr(),
             **_options(w, heads, scale, causal),
         )
     return dw
+
+
+def takes_rows(rows: int, inner: int, d: int) -> bool:
+    """Whether :func:`normed_projection` is the faster way: its tiles fill the multiprocessors."""
+    return d % 8 == 0 and rows * inner >= 128 * 192 * 132
+
+
+def normed_projection(x: Tensor, stats: Tensor, folded: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """LN(x) U^T from x, mean and rstd of its rows, and U as block/triton_kernels.py folds it."""
+    weight, sums, shift = folded
+    x = _readable(x)
+    inner, d = weight.shape
+    w = x.new_empty(*x.shape[:-1], inner)
+    with on_device_of(x):
+        cuda_extension.load().normed_projection(
+            x=x.data_ptr(),
+            stats=stats.data_ptr(),
+            weight=weight.data_ptr(),
+            sums=sums.data_ptr(),
+            shift=shift.data_ptr(),
+            w=w.data_ptr(),
+            rows=x.numel() // d,
+            d=d,
+            inner=inner,
+            dtype=cuda_extension.DTYPES[x.dtype],
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+        )
+    return w
+
+
+def output_gradient(
+    dy: Tensor, w_out: Tensor, o: Tensor, heads: int
+) -> tuple[Tensor, Tensor | None]:
+    """do = dy w_out of y = o w_out^T; and rowsum(do * o), (heads, B, N), where a kernel makes both.
+
+    That is the GEMM of csrc/ista, for a head_dim of 64 and where the backward pass wants the sums.
+    """
+    batch, n, width = o.shape
+    d = dy.shape[-1]
+    if width != 64 * heads or n <= 64 or d % 8 != 0 or batch == 0:
+        return dy @ w_out, None
+    do, delta = torch.empty_like(o), o.new_empty(heads, batch, n, dtype=torch.float32)
+    dy, w_out = _readable(dy), _readable(w_out)
+    with on_device_of(o):
+        cuda_extension.load().output_gradient(
+            dy=dy.data_ptr(),
+            w_out=w_out.data_ptr(),
+            o=o.data_ptr(),
+            grad_o=do.data_ptr(),
+            delta=delta.data_ptr(),
+            rows=batch * n,
+            d=d,
+            heads=heads,
+            dtype=cuda_extension.DTYPES[o.dtype],
+            stream=torch.cuda.current_stream(o.device).cuda_stream,
+        )
+    return do, delta
+
+
+def _readable(t: Tensor) -> Tensor:
+    """Contiguous, at a multiple of 16 bytes."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _options(w: Tensor, heads: int, scale: float, causal: bool) -> dict[str, Any]:

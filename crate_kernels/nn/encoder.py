@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -116,10 +117,15 @@ class Encoder(nn.Module):
     def narrow(self, x: Tensor) -> Tensor:
         """:meth:`forward` in the dtype that the tokens have between the layers: one pass less."""
         layers: Any = self.layers
-        for i, (attn, ff) in enumerate(layers):
-            reason = unfused_block_reason(attn, ff, self._steps, x)
+        reasons = [unfused_block_reason(attn, ff, self._steps, x) for attn, ff in layers]
+        # What no observer sees goes from one op into the next and nowhere else.
+        chained = [
+            a is b is None and not self._observers for a, b in itertools.pairwise(reasons)
+        ]
+        masked = zip((False, *chained), (*chained, False), strict=True)
+        for i, ((attn, ff), reason, masks) in enumerate(zip(layers, reasons, masked)):
             if reason is None:
-                y = _run(attn, ff, x, self.memory, self.constants, i)
+                y = _run(attn, ff, x, self.memory, masks, self.constants, i)
             else:
                 if not torch.compiler.is_compiling():
                     log_once(f"a layer of an Encoder runs unfused: {reason}")
@@ -142,7 +148,15 @@ def check_memory(caller: str, memory: Any) -> None:
         refuse(caller, f"memory to be one of {MEMORY}", repr(memory))
 
 
-def _run(attn: Any, ff: Any, x: Tensor, memory: str, kept: Constants | None, i: int) -> Tensor:
+def _run(
+    attn: Any,
+    ff: Any,
+    x: Tensor,
+    memory: str,
+    masks: tuple[bool, bool],
+    kept: Constants | None,
+    i: int,
+) -> Tensor:
     norm1_weight, norm1_bias, w_qkv, w_out, *rest = _parameters(attn, ff)
     gram = None
     if kept is not None:
@@ -162,6 +176,8 @@ def _run(attn: Any, ff: Any, x: Tensor, memory: str, kept: Constants | None, i: 
         step_size=ff.fn.step_size,
         lambd=ff.fn.lambd,
         memory=memory,
+        masks_dx=masks[0],
+        dy_is_masked=masks[1],
         gram=gram,
     )
 

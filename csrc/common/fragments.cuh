@@ -28,6 +28,12 @@ __device__ __forceinline__ uint32_t load_word_now(const uint32_t* from) {
     return word;
 }
 
+__device__ __forceinline__ float2 load_pair_now(const float2* from) {
+    float2 pair;
+    asm volatile("ld.global.nc.v2.f32 {%0,%1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(from));
+    return pair;
+}
+
 // A mask of two 2-byte elements from the top bits of bytes 0 and 1, of bytes 2 and 3.
 __device__ __forceinline__ uint32_t mask_from_low_bytes(uint32_t bits) {
     uint32_t mask;  // a selector with 8 added repeats the top bit of its byte

@@ -54,8 +54,11 @@ void launch_mask(const IstaBackward& args, cudaStream_t stream) {
 
 void ista_backward(const IstaBackward& args, cudaStream_t stream) {
     check_ista("ista_backward", args.rows, args.d, args.dtype, args.x_dtype);
+    if (!args.mask && (args.g || !args.dx || args.x_dtype != args.dtype)) {
+        throw std::invalid_argument("ista_backward: expected a mask, or dx alone and one dtype");
+    }
     // Masking on the way takes the longer, the fewer columns there are to multiply by.
-    int step_cost = args.x_dtype == args.dtype ? 170 : 12;
+    int step_cost = args.mask && args.x_dtype == args.dtype ? 170 : 12;
     ista_backward(args, choose_plan(args.rows, args.d, args.d, 1, step_cost, multiprocessors()),
                   stream);
 }
@@ -83,7 +86,11 @@ void ista_backward(const IstaBackward& args, const GemmPlan& plan, cudaStream_t 
                           .dtype = args.dtype,
                           .out_dtype = args.x_dtype,
                           .threshold = 0};
-    launch_gemm<Product::kBackward>(operands, plan, stream);
+    if (args.mask) {
+        launch_gemm<Product::kBackward>(operands, plan, stream);
+    } else {
+        launch_gemm<Product::kPlain>(operands, plan, stream);
+    }
 }
 
 }  // namespace crate_kernels

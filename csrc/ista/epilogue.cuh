@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/fragments.cuh"
+#include "../common/math.cuh"
 #include "tiles.cuh"
 
 namespace crate_kernels {
@@ -70,6 +71,66 @@ __device__ __forceinline__ void add_part(PartPosition<Config> part, float (&sums
             }
             sums[4 * (kFirst + j) + 2 * h] += c.x;
             sums[4 * (kFirst + j) + 2 * h + 1] += c.y;
+        }
+    }
+}
+
+// The sums of out * c along the rows of a part, which is a head of 64 columns.
+template <typename Config, int kPart>
+__device__ __forceinline__ void sum_rows(const GemmParams& p, PartPosition<Config> part, int column,
+                                         int row, const float (&sums)[Config::kSums]) {
+    constexpr int kFirst = Config::column_of(kPart) / 8;
+    float along[2] = {0, 0};
+#pragma unroll
+    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float2 c = read_pair<typename Config::Out>(part.at(j, h));
+            along[h] += sums[4 * (kFirst + j) + 2 * h] * c.x;
+            along[h] += sums[4 * (kFirst + j) + 2 * h + 1] * c.y;
+        }
+    }
+    row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float sum = row_sum(along[h]);
+        if (threadIdx.x % 4 == 0 && column < p.n && row + 8 * h < p.rows) {
+            p.row_sums[int64_t(column / 64) * p.rows + row + 8 * h] = sum;
+        }
+    }
+}
+
+// The sums and shifts of a tile's columns into shared memory.
+template <typename Config>
+__device__ __forceinline__ void load_columns(const GemmParams& p, float2* to, int first) {
+    for (int i = threadIdx.x % 128; i < Config::kBlockN; i += 128) {
+        int column = min(first + i, p.n - 1);
+        to[i] = {__ldg(p.column_sums + column), __ldg(p.shift + column)};
+    }
+}
+
+// sums = rstd (sums - mean column_sums) + shift
+template <typename Config, int kPart>
+__device__ __forceinline__ void norm_part(const GemmParams& p, const float2* columns, int row,
+                                          float (&sums)[Config::kSums]) {
+    constexpr int kFirst = Config::column_of(kPart) / 8;
+    row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    float2 stats[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        stats[h] = load_pair_now(p.row_statistics + min(row + 8 * h, p.rows - 1));
+    }
+#pragma unroll
+    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
+        // {sum, shift} of two columns
+        float4 two = *reinterpret_cast<const float4*>(columns + Config::column_of(kPart) + 8 * j +
+                                                      threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float& first = sums[4 * (kFirst + j) + 2 * h];
+            float& second = sums[4 * (kFirst + j) + 2 * h + 1];
+            first = stats[h].y * (first - stats[h].x * two.x) + two.y;
+            second = stats[h].y * (second - stats[h].x * two.z) + two.w;
         }
     }
 }
@@ -157,8 +218,20 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
             if (from) kept = load_word_now(from);
         }
         barrier_wait(shared.part_loaded(consumer, at.slot), at.parity);
-        add_part<Config, kPart>(part, part_sums, kept);
+        if constexpr (Config::kProduct == Product::kRowSums) {
+            sum_rows<Config, kPart>(p, part, column, row, part_sums);
+        } else {
+            add_part<Config, kPart>(part, part_sums, kept);
+        }
     } else {
+        if constexpr (Config::kNorms) {
+            float2* columns = shared.columns(consumer);
+            if constexpr (kPart == 0) {
+                load_columns<Config>(p, columns, column);
+                sync_threads_of(1 + consumer, Config::kConsumerThreads);
+            }
+            norm_part<Config, kPart>(p, columns, row, part_sums);
+        }
         if (leader) wait_stores_read<Config::kBuffers - 1>();
         sync_threads_of(1 + consumer, Config::kConsumerThreads);
     }
@@ -171,7 +244,7 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
     sync_threads_of(1 + consumer, Config::kConsumerThreads);
     if (leader) {
         const char* from = shared.base + shared.part_offset(consumer, at.slot);
-        if constexpr (Config::kProduct == Product::kWeight) {
+        if constexpr (!Config::kHasC) {
             store_tile(&p.out, from, column, row, tile.part, 0);
         } else {
             store_tile(&p.out, from, column, row);

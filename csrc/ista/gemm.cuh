@@ -1,8 +1,11 @@
-// The GEMM of ISTA, in three uses (docs/ista.md):
+// The GEMM of ISTA, in three uses (docs/ista.md), and in two of MSSA's (docs/block.md):
 //
 //     forward   y  = relu(c + a b - t),  a = x, b = G        and the bits of y > 0
 //     backward  dx = c + g b,            b = G^T, c = g      g = dy where the bits say so
+//     plain     dx = c + a b,            a = c = g, b = G^T  the same where dy comes as g
 //     weight    M  = sum of a^T b,       a = x, b = g        one sum for each part of the tokens
+//     row sums  dO = a b,                a = dy, b = V       rowsum(dO * c) of each head, c = O
+//     normed    w  = rstd (a b - mean s) + t, a = x, b = (U diag(gamma))^T, s its column sums
 //
 // Blocks are persistent and come in clusters of two, which may share their rows of A or columns of
 // B. One warp loads [128, 64] of A and [64, kBlockN] of B per stage; two warpgroups take tiles of

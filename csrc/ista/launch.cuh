@@ -18,6 +18,8 @@ struct GemmOperands {
     int64_t m, n, k;
     Dtype dtype, out_dtype;
     float threshold;
+    float* row_sums = nullptr;
+    const float *row_statistics = nullptr, *column_sums = nullptr, *shift = nullptr;
 };
 
 template <typename Config>
@@ -44,6 +46,12 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
     p.stores_g = Config::kMasksA && x.g != nullptr;
     if (p.stores_g) p.g = matrix(x.g, x.dtype, x.m, x.n, kBlockM, kBlockK);
     p.mask = x.mask;
+    p.row_sums = x.row_sums;
+    p.row_statistics = reinterpret_cast<const float2*>(x.row_statistics);
+    p.column_sums = x.column_sums;
+    p.shift = x.shift;
+    p.rows = x.m;
+    p.n = x.n;
     p.threshold = x.threshold;
     p.m_blocks = ceil_div(x.m, kBlockM);
     p.k_blocks = ceil_div(x.k, kBlockK);
@@ -72,9 +80,13 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
 
 template <Product kProduct, typename T>
 void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t stream) {
-    if (kProduct == Product::kWeight || x.out_dtype == Dtype::kFloat32) {
+    if constexpr (kProduct == Product::kWeight) {
         launch_gemm<kProduct, T, float>(x, plan, stream);
-    } else if constexpr (kProduct != Product::kWeight) {
+    } else if constexpr (kProduct != Product::kForward && kProduct != Product::kBackward) {
+        launch_gemm<kProduct, T, T>(x, plan, stream);
+    } else if (x.out_dtype == Dtype::kFloat32) {
+        launch_gemm<kProduct, T, float>(x, plan, stream);
+    } else {
         launch_gemm<kProduct, T, T>(x, plan, stream);
     }
 }

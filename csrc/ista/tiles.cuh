@@ -6,7 +6,7 @@
 
 namespace crate_kernels {
 
-enum class Product { kForward, kBackward, kWeight };
+enum class Product { kForward, kBackward, kWeight, kPlain, kRowSums, kNormed };
 
 inline constexpr int kBlockM = 128, kBlockK = 64;
 
@@ -23,6 +23,10 @@ struct GemmParams {
     CUtensorMap a, b, c, out, g;
     bool stores_g;  // the backward pass, where it makes g
     uint32_t* mask;
+    float* row_sums;               // (n / 64, rows)
+    const float2* row_statistics;  // mean and 1 / standard deviation
+    const float *column_sums, *shift;
+    int rows, n;
     int m_blocks, k_blocks, k_blocks_of_part;
     int m_per_cluster, n_per_cluster;  // 2, 1: B is shared. 1, 2: A is. 1, 1: nothing is
     int groups_m, groups_n, units, step;
@@ -36,8 +40,12 @@ struct GemmConfig {
     static constexpr int kBlockN = kBlockN_;
     static constexpr Product kProduct = kProduct_;
     static constexpr Transposed kTransposedA = kProduct == Product::kWeight ? kYes : kNo;
-    static constexpr Transposed kTransposedB = kProduct == Product::kBackward ? kNo : kYes;
-    static constexpr bool kHasC = kProduct != Product::kWeight;
+    static constexpr Transposed kTransposedB =
+        kProduct == Product::kBackward || kProduct == Product::kPlain ||
+                kProduct == Product::kNormed
+            ? kNo
+            : kYes;
+    static constexpr bool kHasC = kProduct != Product::kWeight && kProduct != Product::kNormed;
     // dy in float32 comes with a rounded g made before.
     static constexpr bool kMasksA = kProduct == Product::kBackward && sizeof(Out) == 2;
 
@@ -59,12 +67,16 @@ struct GemmConfig {
     __device__ static constexpr int column_of(int part) {
         return (part / (2 * kPartsOfWord) * kPartsOfWord + part % kPartsOfWord) * kPartColumns;
     }
-    static constexpr int kBuffers = 4;  // of parts, for each consumer
+    static constexpr bool kNorms = kProduct == Product::kNormed;
+    static constexpr int kBuffers = kNorms ? 3 : 4;  // of parts, for each consumer
     static constexpr int kAhead = kBuffers - 1;
 
     static constexpr int kOffsetB = kStages * kBytesA;
     static constexpr int kOffsetParts = kOffsetB + kStages * kBytesB;
-    static constexpr int kOffsetBarriers = kOffsetParts + 2 * kBuffers * kPartBytes;
+    // Of a tile's columns, for each consumer: their sums and shift.
+    static constexpr int kOffsetColumns = kOffsetParts + 2 * kBuffers * kPartBytes;
+    static constexpr int kColumnsBytes = kNorms ? kBlockN * sizeof(float2) : 0;
+    static constexpr int kOffsetBarriers = kOffsetColumns + 2 * kColumnsBytes;
     static constexpr int kBarriers = 2 * kStages + 2 * kBuffers;
     static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * sizeof(Barrier);
     static_assert(kSharedBytes <= 232448, "shared memory of a multiprocessor");
@@ -126,6 +138,10 @@ struct GemmShared {
     }
     __device__ Barrier* loaded(int stage) const { return barriers() + stage; }
     __device__ Barrier* free(int stage) const { return barriers() + Config::kStages + stage; }
+    __device__ float2* columns(int consumer) const {
+        return reinterpret_cast<float2*>(base + Config::kOffsetColumns +
+                                         consumer * Config::kColumnsBytes);
+    }
     __device__ int part_offset(int consumer, int slot) const {
         return Config::kOffsetParts + (consumer * Config::kBuffers + slot) * Config::kPartBytes;
     }

@@ -26,8 +26,27 @@ __global__ void __launch_bounds__(512)
     float delta = row_delta<T, kHeadDim>(
         grad_o + batch * grad_o_stride_batch + r * grad_o_stride_row + head * kHeadDim,
         o + (((int64_t)batch * n + r) * heads + head) * kHeadDim);
-    bool holds = write_statistics(&stats[blockIdx.x], threadIdx.x / 8, exists, lse[r] * kLog2E,
-                                  lse[0] * kLog2E, delta, scale);
+    bool holds =
+        threadIdx.x % 8 > 0 || write_statistics(&stats[blockIdx.x], threadIdx.x / 8, exists,
+                                                lse[r] * kLog2E, lse[0] * kLog2E, delta, scale);
+    bool all_hold = __syncthreads_and(holds);
+    if (threadIdx.x == 0) stats[blockIdx.x].weights_hold = all_hold;
+}
+
+// The same where delta (heads, batch, n) is there: a thread for each row.
+__global__ void __launch_bounds__(kTile)
+    attention_row_statistics_of(RowStatistics* stats, const float* delta, const float* lse, int n,
+                                int heads, int64_t rows, float scale) {
+    let_next_kernel_start();
+    int tiles = ceil_div(n, kTile), tile = blockIdx.x % tiles;
+    int head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
+    int row = tile * kTile + threadIdx.x;
+    bool exists = row < n;
+    int r = exists ? row : 0;
+    lse += (int64_t)(blockIdx.x / tiles) * n;
+    bool holds =
+        write_statistics(&stats[blockIdx.x], threadIdx.x, exists, lse[r] * kLog2E, lse[0] * kLog2E,
+                         delta[head * rows + (int64_t)batch * n + r], scale);
     bool all_hold = __syncthreads_and(holds);
     if (threadIdx.x == 0) stats[blockIdx.x].weights_hold = all_hold;
 }
@@ -174,10 +193,16 @@ void attention_backward_long(const AttentionBackward& args, cudaStream_t stream)
         int64_t width = (int64_t)args.heads * args.head_dim;
         int blocks = ceil_div(args.n, kTile) * args.batch * args.heads;
         auto stats = reinterpret_cast<RowStatistics*>(args.scratch);
-        attention_row_statistics<T, kHeadDim><<<blocks, 512, 0, stream>>>(
-            stats, static_cast<const T*>(args.grad_o), args.grad_o_stride_batch,
-            args.grad_o_stride_row, static_cast<const T*>(args.o), args.lse, args.n, args.heads,
-            args.scale);
+        if (args.delta) {
+            attention_row_statistics_of<<<blocks, kTile, 0, stream>>>(
+                stats, args.delta, args.lse, args.n, args.heads, int64_t{args.batch} * args.n,
+                args.scale);
+        } else {
+            attention_row_statistics<T, kHeadDim><<<blocks, 512, 0, stream>>>(
+                stats, static_cast<const T*>(args.grad_o), args.grad_o_stride_batch,
+                args.grad_o_stride_row, static_cast<const T*>(args.o), args.lse, args.n, args.heads,
+                args.scale);
+        }
         check(cudaGetLastError(), "attention_row_statistics");
         auto map = [&](const void* data, int64_t stride_batch, int64_t stride_row, int box_rows) {
             return head_map(data, args.dtype, args.batch, args.n, args.heads, args.head_dim,

@@ -35,16 +35,14 @@ __device__ __forceinline__ float row_delta(const T* grad_o, const T* o) {
     return sum;
 }
 
-// Row statistics of a row, by its 8 lanes; lse_0 is the lse (bits) of the head's row 0.
-// Returns whether the weight holds.
+// Row statistics of a row; lse_0 is the lse (bits) of the head's row 0. Returns whether the weight
+// holds.
 __device__ __forceinline__ bool write_statistics(RowStatistics* to, int row, bool exists, float lse,
                                                  float lse_0, float delta, float scale) {
     float apart = lse_0 - lse;
-    if (threadIdx.x % 8 == 0) {
-        to->lse[row] = exists ? lse : kInfinity;
-        to->weight[row] = exists ? exp2_approx(apart) : 0;
-        to->delta[row] = exists ? scale * delta : 0;
-    }
+    to->lse[row] = exists ? lse : kInfinity;
+    to->weight[row] = exists ? exp2_approx(apart) : 0;
+    to->delta[row] = exists ? scale * delta : 0;
     return !exists || fabsf(apart) <= kWeightBits;
 }
 

@@ -1,7 +1,7 @@
 // Tied-attention forward for n <= 256, not causal.
 //
 // A block is one warpgroup and owns one head: w_h [n, head_dim] is loaded once, and is query, key
-// and value of every row tile. docs/mssa.md
+// and value of every row tile; of one of them where heads are few. docs/mssa.md
 #include "forward_step.cuh"
 #include "launchers.h"
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
                                                                          : 4)
     attention_forward_short(const __grid_constant__ CUtensorMap w_map,
                             const __grid_constant__ CUtensorMap o_map, float* lse, int n, int rows,
-                            int heads, float scale, int ahead) {
+                            int heads, float scale, int rows_of_block, int ahead) {
     // shared memory
     extern __shared__ char shared[];
     __shared__ Barrier w_loaded;
@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
 
     int head = blockIdx.x % heads, batch = blockIdx.x / heads;
     lse += (int64_t)blockIdx.x * n;
+    int begin = blockIdx.y * rows_of_block, end = min(begin + rows_of_block, n);
 
     // load
     if (threadIdx.x == 0) {
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     // A second pass only where the first could not do without the largest scores.
     for (bool searched = false;; searched = true) {
         bool trusted = true;
-        for (int first = 0; first < n; first += kTile) {
+        for (int first = begin; first < end; first += kTile) {
             const T* w_j = w + first * kChunkColumns;
             ForwardTile<T, kHeadDim> tile(w_j, rows, scale);
             bool any_row = first + threadIdx.x / 32 * 16 < n;  // of this warp
@@ -103,8 +104,13 @@ void attention_forward_short(const AttentionForward& args, cudaStream_t stream) 
         auto kernel = args.n <= kTile ? attention_forward_short<T, kHeadDim, true>
                                       : attention_forward_short<T, kHeadDim, false>;
         allow_shared_memory(kernel, bytes(256));  // the same in every thread of the host
-        kernel<<<args.batch * args.heads, kThreads, bytes(rows), stream>>>(
-            w, o, args.lse, args.n, rows, args.heads, args.scale, 4 * multiprocessors());
+        // Few heads: a block for each row tile, as long as all run at once.
+        int blocks = args.batch * args.heads, tiles = ceil_div(args.n, kTile);
+        bool few = blocks * tiles <= 2 * multiprocessors();
+        dim3 grid(blocks, few ? tiles : 1);
+        kernel<<<grid, kThreads, bytes(rows), stream>>>(w, o, args.lse, args.n, rows, args.heads,
+                                                        args.scale, few ? kTile : args.n,
+                                                        4 * multiprocessors());
         check(cudaGetLastError(), "attention_forward_short");
     });
 }

@@ -25,6 +25,7 @@ REPEATS = 50
 SHAPES = [
     *((16, 197, 6, 64, 384), (9, 197, 12, 48, 576), (16, 197, 12, 64, 768), (5, 257, 16, 64, 1024)),
     *((2, 33, 3, 80, 240), (1, 1, 2, 16, 32), (3, 130, 2, 20, 44)),
+    *((24, 197, 12, 64, 768), (30, 197, 12, 48, 576)),  # enough rows for a projection without h
 ]
 BACKENDS = ["cuda", "triton"]
 
@@ -112,3 +113,68 @@ def test_every_configuration_of_the_passes(d, adds):
         # One rounding of an element; a sum of float32 is good to far less than bfloat16's unit.
         scale = b.abs().max().item()
         torch.testing.assert_close(a.double(), b, rtol=eps, atol=eps * 1e-2 * scale)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 197, 6, 384), (1, 65, 1, 8), (40, 200, 12, 768)], ids=str)
+def test_gradient_and_row_sums_of_one_gemm(shape, dtype):
+    """dO = dy V and rowsum(dO * O) of each head."""
+    kernels = pytest.importorskip("crate_kernels.mssa.cuda_kernels")
+    batch, n, heads, d = shape
+    dy = torch.randn(batch, n, d, device="cuda").to(dtype)
+    w_out = (d**-0.5 * torch.randn(d, heads * 64, device="cuda")).to(dtype)
+    o = torch.randn(batch, n, heads * 64, device="cuda").to(dtype)
+
+    def both(dy, w_out, o):
+        do = dy @ w_out
+        sums = (do.to(torch.promote_types(do.dtype, torch.float32)) * o).unflatten(2, (heads, 64))
+        return {"do": do, "delta": sums.sum(-1).permute(2, 0, 1)}
+
+    found = [dict(zip(("do", "delta"), kernels.output_gradient(dy, w_out, o, heads))) for _ in "ab"]
+    assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+    exact = both(dy.double(), w_out.double(), o.double())
+    assert_as_close_as_plain(found[0], both(dy, w_out, o), exact, shape)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("x_dtype", ["same", torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(591, 384, 384), (1, 8, 48), (8000, 576, 768)], ids=str)
+def test_projection_without_the_normed_rows(shape, x_dtype, dtype):
+    """w = LN(x) U^T from x and its statistics, also of rows far from zero."""
+    kernels = pytest.importorskip("crate_kernels.mssa.cuda_kernels")
+    rows, d, inner = shape
+    x = (torch.randn(rows, d, device="cuda") + 4 * torch.randn(rows, 1, device="cuda")).to(dtype)
+    gamma, beta = (torch.randn(d, device="cuda") for _ in range(2))
+    u = d**-0.5 * torch.randn(inner, d, device="cuda")
+
+    def plain(x, u, gamma, beta):
+        return torch.nn.functional.layer_norm(x, (d,), gamma, beta) @ u.mT
+
+    given = x if x_dtype == "same" else x.float()
+    xc, stats = triton_kernels.statistics(given, 1e-5, dtype)
+    assert torch.equal(xc, x)
+    folded = triton_kernels.fold(u, gamma, beta, dtype)
+    got = {"w": kernels.normed_projection(xc, stats, folded)}
+    exact = {"w": plain(*(t.double() for t in (x, u, gamma, beta)))}
+    assert_as_close_as_plain(got, {"w": plain(x, *(t.to(dtype) for t in (u, gamma, beta)))}, exact)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_two_layers_may_share_a_mask(memory, dtype):
+    """The gradients are those without: dx is masked with the y that the first layer wrote."""
+    first, second = (inputs_on_gpu((3, 197, 12, 64, 768), dtype) for _ in range(2))
+    second.pop("x")
+    found = []
+    for masks in (False, True):
+        leaves = [{k: t.clone().requires_grad_() for k, t in p.items()} for p in (first, second)]
+        y = crate_block(**leaves[0], heads=12, memory=memory, dy_is_masked=masks)
+        y = crate_block(y, **leaves[1], heads=12, memory=memory, masks_dx=masks)
+        torch.manual_seed(0)
+        y.backward(torch.randn_like(y))
+        found.append({f"{i}.d{k}": t.grad for i, p in enumerate(leaves) for k, t in p.items()})
+    # Two kernels make g + g G^T: they may add in another order.
+    unit = torch.finfo(dtype).eps
+    for name, a in found[0].items():
+        apart = (found[1][name].double() - a.double()).norm() / a.double().norm()
+        assert apart < unit, (name, apart)

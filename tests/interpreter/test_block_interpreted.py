@@ -45,14 +45,33 @@ def test_passes(dtype, programs, monkeypatch):
             ]
             close(*both, dtype)
         z, _, stats = both[0]
-        for residual, wants_h, wants_sum in itertools.product((None, skip), *[(False, True)] * 2):
+        z = torch.where(torch.rand_like(z.float()) < 0.3, 0, z)
+        for residual, *wants in itertools.product((None, skip), *[(False, True)] * 3):
             both = [
-                kernels.normalise_backward(dh, z, stats, gamma, beta, residual, wants_h, wants_sum)
+                kernels.normalise_backward(dh, z, stats, gamma, beta, residual, *wants)
                 for kernels in (triton_kernels, torch_kernels)
             ]
             sums = [[None if s is None else s / rows for s in r[2:]] for r in both]
             close(both[0][:2], both[1][:2], dtype)
             close(*sums, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_the_folded_projection(dtype):
+    """rstd (x (U diag(gamma))^T - mean s) + U beta is LN(x) U^T."""
+    for rows, d in SIZES:
+        x, u = torch.randn(rows, d).to(dtype), torch.randn(5, d)
+        gamma, beta = torch.randn(d), torch.randn(d)
+        xc, stats = triton_kernels.statistics(x.float(), 1e-5, dtype)
+        folded, sums, shift = triton_kernels.fold(u, gamma, beta, dtype)
+        assert torch.equal(xc, x) and folded.dtype == dtype
+        close([folded], [(u * gamma).to(dtype)], dtype)
+        mean, rstd = stats.split(1, 1)
+        got = rstd * (x.float() @ folded.float().mT - mean * sums) + shift
+        plain = torch.nn.functional.layer_norm(x, (d,), gamma.to(dtype), beta.to(dtype))
+        exact = torch.nn.functional.layer_norm(x.double(), (d,), gamma.double(), beta.double())
+        plain, exact = {"w": plain @ u.to(dtype).mT}, {"w": exact @ u.double().mT}
+        assert_as_close_as_plain({"w": got.to(dtype)}, plain, exact, (rows, d))
 
 
 @pytest.mark.parametrize("memory", ["default", "low"])

@@ -1,0 +1,28 @@
+// w = LN(x) U^T by the GEMM of ISTA, which norms the products instead of the rows. docs/block.md
+#include "../ista/launch.cuh"
+
+namespace crate_kernels {
+
+void normed_projection(const NormedProjection& args, cudaStream_t stream) {
+    check_ista("normed_projection", args.rows, args.d, args.dtype, args.dtype);
+    check_ista("normed_projection", args.rows, args.inner, args.dtype, args.dtype);
+    GemmOperands operands{.a = args.x,
+                          .b = args.weight,
+                          .c = nullptr,
+                          .out = args.w,
+                          .g = nullptr,
+                          .mask = nullptr,
+                          .m = args.rows,
+                          .n = args.inner,
+                          .k = args.d,
+                          .dtype = args.dtype,
+                          .out_dtype = args.dtype,
+                          .threshold = 0,
+                          .row_statistics = args.stats,
+                          .column_sums = args.sums,
+                          .shift = args.shift};
+    launch_gemm<Product::kNormed>(
+        operands, choose_plan(args.rows, args.inner, args.d, 1, 12, multiprocessors()), stream);
+}
+
+}  // namespace crate_kernels

@@ -1,0 +1,27 @@
+// dO = dy V and delta = rowsum(dO * O) of each head of 64, by the GEMM of ISTA: O comes into its
+// epilogue, so that no pass over dO and O is left. docs/mssa.md
+#include "../ista/launch.cuh"
+
+namespace crate_kernels {
+
+void output_gradient(const OutputGradient& args, cudaStream_t stream) {
+    check_ista("output_gradient", args.rows, args.d, args.dtype, args.dtype);
+    int64_t inner = int64_t{args.heads} * 64;
+    GemmOperands operands{.a = args.dy,
+                          .b = args.w_out,
+                          .c = args.o,
+                          .out = args.grad_o,
+                          .g = nullptr,
+                          .mask = nullptr,
+                          .m = args.rows,
+                          .n = inner,
+                          .k = args.d,
+                          .dtype = args.dtype,
+                          .out_dtype = args.dtype,
+                          .threshold = 0,
+                          .row_sums = args.delta};
+    launch_gemm<Product::kRowSums>(
+        operands, choose_plan(args.rows, inner, args.d, 1, 12, multiprocessors()), stream);
+}
+
+}  // namespace crate_kernels
