@@ -253,3 +253,18 @@ def test_learns_python():
     entropy = -(frequencies * frequencies.clamp(min=1e-9).log()).sum().item()
     assert losses[0] > 5  # ln 259 = 5.6
     assert sum(losses[-20:]) / 20 < entropy  # better than what bytes there are
+
+
+@pytest.mark.parametrize("vocabulary", [11, 16])
+def test_the_decoder_in_whole_steps(vocabulary):
+    """Zeros after the last word change neither logits nor gradients."""
+    leaves = [torch.randn(*shape).double() for shape in ((2, 3, 12), (vocabulary, 12), (vocabulary,))]
+    dy = torch.randn(2, 3, vocabulary).double()
+    found = []
+    for linear in (F.linear, bert.linear_in_whole_steps):
+        given = [t.clone().requires_grad_() for t in leaves]
+        y = linear(*given)
+        y.backward(dy)
+        found.append([y.detach(), *(t.grad for t in given)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
