@@ -258,7 +258,8 @@ def test_learns_python():
 @pytest.mark.parametrize("vocabulary", [11, 16])
 def test_the_decoder_in_whole_steps(vocabulary):
     """Zeros after the last word change neither logits nor gradients."""
-    leaves = [torch.randn(*shape).double() for shape in ((2, 3, 12), (vocabulary, 12), (vocabulary,))]
+    shapes = ((2, 3, 12), (vocabulary, 12), (vocabulary,))
+    leaves = [torch.randn(*shape).double() for shape in shapes]
     dy = torch.randn(2, 3, vocabulary).double()
     found = []
     for linear in (F.linear, bert.linear_in_whole_steps):

@@ -158,7 +158,7 @@ def test_gradients_are_as_compiled_code_expects_them(memory):
 
 
 def test_two_layers_may_share_a_mask():
-    """dx with zeros where x has them changes no gradient of the layer before, which need not mask."""
+    """dx with zeros where x has them changes no gradient of the layer before, which masks less."""
     first, second = (block_inputs(2, 9, 2, 8) for _ in range(2))
     second.pop("x")
     found = []

@@ -212,7 +212,7 @@ def _project(
     rows: Any,
     attention: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """x in ``dtype``, h = LN(x) unless w = h U^T was made without it, w, and the statistics of x."""
+    """x in ``dtype``, h = LN(x) unless w = h U^T is made without it, w, and x's statistics."""
     d = x.shape[-1]
     kernels = _attention_kernels(attention)
     if attention == "cuda" and kernels.takes_rows(x.numel() // d, w_qkv.shape[0], d):

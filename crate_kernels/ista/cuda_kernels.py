@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_extension
-from ..library import on_device_of
+from ..library import on_device_of, stream_of
 from ..triton_common import dot_precision
 from . import triton_kernels
 
@@ -131,5 +131,5 @@ def _launch(name: str, like: Tensor, **arguments: Any) -> None:
             **{key: plain(value) for key, value in arguments.items()},
             rows=like.numel() // d,
             d=d,
-            stream=torch.cuda.current_stream(like.device).cuda_stream,
+            stream=stream_of(like),
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..library import autocast_off
+from ..library import autocast_off, stream_of
 from . import torch_kernels
 
 
@@ -44,7 +44,7 @@ def cached_gram(
     """
     if not _can_compare(weight, kernels):
         return None
-    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+    stream = stream_of(weight) if weight.is_cuda else 0
     key = (weight.shape, weight.dtype, weight.device, dtype, step_size, kernels, stream)
     # Out while it is refreshed, when seen may be ahead of gram: an interruption leaves nothing
     # behind, and another thread makes an entry of its own.

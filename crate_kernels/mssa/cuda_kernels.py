@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_extension
-from ..library import on_device_of
+from ..library import on_device_of, stream_of
 
 
 def forward(w: Tensor, heads: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def normed_projection(x: Tensor, stats: Tensor, folded: tuple[Tensor, Tensor, Te
             d=d,
             inner=inner,
             dtype=cuda_extension.DTYPES[x.dtype],
-            stream=torch.cuda.current_stream(x.device).cuda_stream,
+            stream=stream_of(x),
         )
     return w
 
@@ -117,7 +117,7 @@ def output_gradient(
             d=d,
             heads=heads,
             dtype=cuda_extension.DTYPES[o.dtype],
-            stream=torch.cuda.current_stream(o.device).cuda_stream,
+            stream=stream_of(o),
         )
     return do, delta
 
@@ -142,7 +142,7 @@ def _options(w: Tensor, heads: int, scale: float, causal: bool) -> dict[str, Any
         "scale": scale,
         "causal": causal,
         "dtype": cuda_extension.DTYPES[w.dtype],
-        "stream": torch.cuda.current_stream(w.device).cuda_stream,
+        "stream": stream_of(w),
     }
 
 

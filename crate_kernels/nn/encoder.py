@@ -118,12 +118,12 @@ class Encoder(nn.Module):
         """:meth:`forward` in the dtype that the tokens have between the layers: one pass less."""
         layers: Any = self.layers
         reasons = [unfused_block_reason(attn, ff, self._steps, x) for attn, ff in layers]
-        # What no observer sees goes from one op into the next and nowhere else.
-        chained = [
-            a is b is None and not self._observers for a, b in itertools.pairwise(reasons)
-        ]
-        masked = zip((False, *chained), (*chained, False), strict=True)
-        for i, ((attn, ff), reason, masks) in enumerate(zip(layers, reasons, masked)):
+        # Between which layers: where no observer sees them, tokens go from op to op and nowhere else.
+        alone = not self._observers
+        chained = [alone and a is b is None for a, b in itertools.pairwise(reasons)]
+        chained = [False, *chained, False]
+        for i, (attn, ff) in enumerate(layers):
+            reason, masks = reasons[i], (chained[i], chained[i + 1])
             if reason is None:
                 y = _run(attn, ff, x, self.memory, masks, self.constants, i)
             else:
