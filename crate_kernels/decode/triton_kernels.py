@@ -1,6 +1,6 @@
 """Decoding in Triton: the cached tokens of an item are split among programs, each read once.
 
-    decode_one_kernel   T = 1    multiplies and adds, nothing exchanged between warps in the loop
+    decode_one_kernel   T = 1    heads side by side in a warp; multiplies and adds
     decode_rows_kernel  T > 1    a tile of new tokens against a tile of the cache on tensor cores
     combine_kernel      the parts of one token and head, added in a fixed order
 
@@ -11,6 +11,7 @@ from w, and its programs write them: no program reads what another writes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +26,11 @@ from ..triton_common import can_start_early, dot, dot_precision, multiprocessors
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every score, and finite: the difference of two of them is 0, not NaN.
 LEAST = tl.constexpr(-1e38)
-# Programs for each multiprocessor that the context is split into: four run at a time, so what the
-# last of twelve waves leaves idle is little.
+# Programs for each multiprocessor that the context is split into: of one warp, a dozen of which run
+# at a time.
 PROGRAMS = 48
+# Columns that the program of one new token has side by side: 16 bytes of bfloat16 for each lane.
+COLUMNS = 256
 # Shorter parts are not worth their start and end: 264 bytes of sums for 32 KB of rows.
 LEAST_ROWS = 256
 
@@ -42,11 +45,10 @@ class DecodeConfig:
     num_stages: int
 
 
-def decode_config(dtype: torch.dtype, head_dim: int, n_new: int) -> DecodeConfig:
-    columns = block_d(head_dim)
-    if n_new == 1:  # the sums of a thread fill 32 registers, its tile 16 (docs/decode.md)
-        elements = 2048 if dtype == torch.float32 else 4096
-        return DecodeConfig(min(128, elements // columns), 1, 4, 1)
+def decode_config(dtype: torch.dtype, head_dim: int, n_new: int, heads: int) -> DecodeConfig:
+    if n_new == 1:  # a lane has 128 bytes of the next visit on their way (docs/decode.md)
+        rows_of_slot = 4 if dtype == torch.float32 else 8
+        return DecodeConfig(rows_of_slot * side_by_side(head_dim, heads)[1], 1, 1, 1)
     rows = 16 if n_new <= 16 else 64
     if dtype == torch.float32 or head_dim > 128:
         return DecodeConfig(32, min(rows, 32), 4, 2)
@@ -55,6 +57,13 @@ def decode_config(dtype: torch.dtype, head_dim: int, n_new: int) -> DecodeConfig
 
 def block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def side_by_side(head_dim: int, heads: int) -> tuple[int, int]:
+    """Heads that a program of one new token takes, and slots: rows, where heads do not fill it."""
+    pieces = max(1, COLUMNS // block_d(head_dim))
+    taken = math.gcd(heads, pieces)
+    return taken, pieces // taken
 
 
 def splits_for(programs: int, capacity: int, n_processors: int) -> int:
@@ -98,59 +107,73 @@ def decode_one_kernel(
     W, CACHE, LENGTHS, OUT, SUMS, STATS, w_stride_b, cache_stride_b, cache_stride_n, capacity,
     heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VISIT: tl.constexpr, SPLITS: tl.constexpr,
+    TAKEN: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One new token: SUMS (B, heads, SPLITS, HEAD_DIM) and STATS (.., 2), or OUT of one part.
+    """One new token, TAKEN heads: SUMS (B, heads, SPLITS, HEAD_DIM), STATS (.., 2), or OUT.
 
-    Each of VISIT slots has a softmax of its own, over every VISIT-th row.
+    A piece is a head of a slot, and a slot every SLOTS-th row with a softmax of its own. Of the
+    axes [pieces, rows, columns] Triton gives the first and last to the lanes and the rows to each
+    thread, so that sums over the rows of a visit exchange nothing.
     """
-    h = tl.program_id(0) % heads  # fastest: neighbours read the same rows of the cache
-    split = tl.program_id(0) // heads % SPLITS
-    b = (tl.program_id(0) // heads // SPLITS).to(tl.int64)
+    groups = heads // TAKEN
+    h = tl.program_id(0) % groups * TAKEN  # fastest: neighbours read the same rows of the cache
+    split = tl.program_id(0) // groups % SPLITS
+    b = (tl.program_id(0) // groups // SPLITS).to(tl.int64)
     length, first, last = _part(LENGTHS, b, split, capacity, SPLITS, VISIT)
-    cols = tl.arange(0, BLOCK_D)
-    slots = tl.arange(0, VISIT)
-    w = tl.load(W + b * w_stride_b + h * HEAD_DIM + cols, mask=cols < HEAD_DIM, other=0.0)
-    new = w.to(tl.float32)
-    query = new * (scale * LOG2E)  # scores in bits
+    pieces = tl.arange(0, TAKEN * SLOTS)[:, None, None]
+    rows = tl.arange(0, VISIT // SLOTS)[None, :, None] * SLOTS + pieces // TAKEN
+    cols = tl.arange(0, BLOCK_D)[None, None, :]
+    columns = pieces % TAKEN * HEAD_DIM + cols
+    inside = cols < HEAD_DIM
+    new = W + b * w_stride_b + h * HEAD_DIM
+    query = tl.load(new + columns, mask=inside, other=0.0).to(tl.float32)
+    query *= scale * LOG2E  # scores in bits
 
     base = CACHE + b * cache_stride_b + h * HEAD_DIM
-    acc = tl.zeros((VISIT, BLOCK_D), tl.float32)
-    m = tl.full((VISIT,), LEAST, tl.float32)
-    total = tl.zeros((VISIT,), tl.float32)
-    here = base + first.to(tl.int64) * cache_stride_n
-    ahead = _load_rows(here, slots, cols, cache_stride_n, last - first, HEAD_DIM)
+    acc = tl.zeros((TAKEN * SLOTS, 1, BLOCK_D), tl.float32)
+    m = tl.full((TAKEN * SLOTS, 1, 1), LEAST, tl.float32)
+    total = tl.zeros((TAKEN * SLOTS, 1, 1), tl.float32)
+    at = base + first.to(tl.int64) * cache_stride_n + rows * cache_stride_n + columns
+    ahead = tl.load(at, mask=inside & (rows < last - first), other=0.0)
     for start in range(first, last, VISIT):
-        rows = ahead.to(tl.float32)  # [VISIT, BLOCK_D]
-        here += VISIT * cache_stride_n
-        ahead = _load_rows(here, slots, cols, cache_stride_n, last - start - VISIT, HEAD_DIM)
-        s = tl.sum(rows * query[None, :], 1)
-        s = tl.where(start + slots < last, s, float("-inf"))
-        m_new = tl.maximum(m, s)
+        w = ahead.to(tl.float32)  # [pieces, rows, columns]
+        at += VISIT * cache_stride_n
+        ahead = tl.load(at, mask=inside & (rows < last - start - VISIT), other=0.0)
+        s = tl.sum(w * query, 2, keep_dims=True)
+        s = tl.where(start + rows < last, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1, keep_dims=True))
         p = tl.exp2(s - m_new)
         shrink = tl.exp2(m - m_new)
-        total = total * shrink + p
-        acc = acc * shrink[:, None] + p[:, None] * rows
+        total = total * shrink + tl.sum(p, 1, keep_dims=True)
+        acc = acc * shrink + tl.sum(p * w, 1, keep_dims=True)
         m = m_new
 
-    own = tl.sum(new * query, 0)
+    # The slots of a head, and the new token, which is in the last part.
     is_last = split == SPLITS - 1
+    taken, cols = tl.arange(0, TAKEN), tl.arange(0, BLOCK_D)[None, :]
+    columns, inside = taken[:, None] * HEAD_DIM + cols, cols < HEAD_DIM
+    w = tl.load(new + columns, mask=inside, other=0.0)  # [TAKEN, BLOCK_D]
+    own = tl.sum(w.to(tl.float32) * w.to(tl.float32), 1) * (scale * LOG2E)
     own = tl.where(is_last, own, float("-inf"))
-    m_part = tl.maximum(tl.max(m, 0), own)
+    m_of = tl.reshape(m, (SLOTS, TAKEN))
+    m_part = tl.maximum(tl.max(m_of, 0), own)
     p_own = tl.exp2(own - m_part)
-    shrink = tl.exp2(m - m_part)
-    total_part = tl.sum(total * shrink, 0) + p_own
-    o = tl.sum(acc * shrink[:, None], 0) + tl.where(is_last, p_own * new, 0.0)
+    weight = tl.exp2(m_of - m_part[None, :])
+    total_part = tl.sum(tl.reshape(total, (SLOTS, TAKEN)) * weight, 0) + p_own
+    o = tl.sum(tl.reshape(acc, (SLOTS, TAKEN, BLOCK_D)) * weight[:, :, None], 0)
+    o += tl.where(is_last, p_own[:, None] * w.to(tl.float32), 0.0)
 
     fits = (length >= 0) & (length < capacity)
-    to = base + length.to(tl.int64) * cache_stride_n + cols
-    tl.store(to, w, mask=(cols < HEAD_DIM) & fits & is_last)
+    to = base + length.to(tl.int64) * cache_stride_n + columns
+    tl.store(to, w, mask=inside & fits & is_last)
+    of_head = b * heads + h + taken
     if SPLITS == 1:
-        o = tl.where(fits, o / total_part, float("nan"))
-        out = OUT + (b * heads + h) * HEAD_DIM + cols
-        tl.store(out, o.to(OUT.dtype.element_ty), mask=cols < HEAD_DIM)
+        o = tl.where(fits, o / total_part[:, None], float("nan"))
+        out = OUT + of_head[:, None] * HEAD_DIM + cols
+        tl.store(out, o.to(OUT.dtype.element_ty), mask=inside)
     else:
-        part = (b * heads + h) * SPLITS + split
-        tl.store(SUMS + part * HEAD_DIM + cols, o, mask=cols < HEAD_DIM)
+        part = of_head * SPLITS + split
+        tl.store(SUMS + part[:, None] * HEAD_DIM + cols, o, mask=inside)
         tl.store(STATS + part * 2, m_part)
         tl.store(STATS + part * 2 + 1, total_part)
 
@@ -244,8 +267,9 @@ def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) 
     o = w.new_empty(w.shape)
     if batch == 0:
         return o
-    config = decode_config(w.dtype, head_dim, n_new)
-    programs = batch * heads * triton.cdiv(n_new, config.rows)
+    config = decode_config(w.dtype, head_dim, n_new, heads)
+    taken, slots = side_by_side(head_dim, heads) if n_new == 1 else (1, 1)
+    programs = batch * (heads // taken) * triton.cdiv(n_new, config.rows)
     splits = splits_for(programs, capacity, multiprocessors(w))
     sums = stats = o  # not touched
     if splits > 1:
@@ -258,7 +282,8 @@ def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) 
         if n_new == 1:
             decode_one_kernel[(programs * splits,)](
                 w, cache, lengths, o, sums, stats, w.stride(0), cache.stride(0), cache.stride(1),
-                capacity, heads, scale, VISIT=config.visit, **sizes, **options,
+                capacity, heads, scale, VISIT=config.visit, TAKEN=taken, SLOTS=slots,
+                **sizes, **options,
             )  # fmt: skip
         else:
             decode_rows_kernel[(programs * splits,)](

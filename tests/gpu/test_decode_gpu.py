@@ -43,7 +43,7 @@ def configurations():
     for dtype, head_dim, n_new in itertools.product(
         dtypes, (64, 48, 128, 80, 256, 16), (1, 2, 16, 17, 100)
     ):
-        config = triton_kernels.decode_config(dtype, head_dim, n_new)
+        config = triton_kernels.decode_config(dtype, head_dim, n_new, 3)
         yield (dtype, head_dim, config), (dtype, head_dim, n_new)
 
 
