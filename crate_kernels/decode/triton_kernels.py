@@ -32,7 +32,7 @@ PROGRAMS = 48
 # Columns that the program of one new token has side by side: 16 bytes of bfloat16 for each lane.
 COLUMNS = 256
 # Shorter parts are not worth their start and end: 264 bytes of sums for 32 KB of rows.
-LEAST_ROWS = 256
+LEAST_ROWS = 128
 
 
 @dataclass(frozen=True)

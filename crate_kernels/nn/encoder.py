@@ -118,7 +118,7 @@ class Encoder(nn.Module):
         """:meth:`forward` in the dtype that the tokens have between the layers: one pass less."""
         layers: Any = self.layers
         reasons = [unfused_block_reason(attn, ff, self._steps, x) for attn, ff in layers]
-        # Between which layers: where no observer sees them, tokens go from op to op and nowhere else.
+        # Between which layers: tokens that no observer sees go from op to op, nowhere else.
         alone = not self._observers
         chained = [alone and a is b is None for a, b in itertools.pairwise(reasons)]
         chained = [False, *chained, False]
