@@ -40,11 +40,11 @@ struct GemmConfig {
     static constexpr int kBlockN = kBlockN_;
     static constexpr Product kProduct = kProduct_;
     static constexpr Transposed kTransposedA = kProduct == Product::kWeight ? kYes : kNo;
-    static constexpr Transposed kTransposedB =
-        kProduct == Product::kBackward || kProduct == Product::kPlain ||
-                kProduct == Product::kNormed
-            ? kNo
-            : kYes;
+    static constexpr Transposed kTransposedB = kProduct == Product::kBackward ||
+                                                       kProduct == Product::kPlain ||
+                                                       kProduct == Product::kNormed
+                                                   ? kNo
+                                                   : kYes;
     static constexpr bool kHasC = kProduct != Product::kWeight && kProduct != Product::kNormed;
     // dy in float32 comes with a rounded g made before.
     static constexpr bool kMasksA = kProduct == Product::kBackward && sizeof(Out) == 2;
