@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -61,6 +64,18 @@ def can_start_early(t: Tensor) -> bool:
     """Whether the device of ``t`` starts a kernel before the one ahead of it ends, if it asks to
     (``launch_pdl``); such a kernel waits by ``gdc_wait`` before it touches memory."""
     return t.is_cuda and torch.cuda.get_device_capability(t.device) >= (9, 0)
+
+
+def early_start(t: Tensor) -> dict[str, Any]:
+    """Launch options of a kernel that begins with ``wait_if_early(EARLY)``."""
+    return {"EARLY": True, "launch_pdl": True} if can_start_early(t) else {"EARLY": False}
+
+
+@triton.jit
+def wait_if_early(EARLY: tl.constexpr):
+    """Until the kernel ahead has ended and what it wrote is there."""
+    if EARLY:
+        gdc_wait()
 
 
 def multiprocessors(t: Tensor) -> int:

@@ -146,14 +146,16 @@ void bind_attention(py::module_& module) {
 void bind_ista(py::module_& module) {
     module.def(
         "ista_forward",
-        [](Pointer x, Pointer xc, Pointer gram, Pointer y, Pointer mask, int64_t rows, int d,
-           float threshold, const std::string& dtype, const std::string& x_dtype, Pointer stream) {
+        [](Pointer x, Pointer xc, Pointer gram, Pointer y, Pointer mask, Pointer moments,
+           int64_t rows, int d, float threshold, const std::string& dtype,
+           const std::string& x_dtype, Pointer stream) {
             const IstaForward args{
                 .x = at<const void>(x),
                 .xc = at<const void>(xc),
                 .gram = at<const void>(gram),
                 .y = at<void>(y),
                 .mask = at<void>(mask),
+                .moments = at<float>(moments),
                 .rows = rows,
                 .d = d,
                 .threshold = threshold,
@@ -163,8 +165,9 @@ void bind_ista(py::module_& module) {
             ista_forward(args, stream_at(stream));
         },
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("x"), py::arg("xc"),
-        py::arg("gram"), py::arg("y"), py::arg("mask"), py::arg("rows"), py::arg("d"),
-        py::arg("threshold"), py::arg("dtype"), py::arg("x_dtype"), py::arg("stream"));
+        py::arg("gram"), py::arg("y"), py::arg("mask"), py::arg("moments"), py::arg("rows"),
+        py::arg("d"), py::arg("threshold"), py::arg("dtype"), py::arg("x_dtype"),
+        py::arg("stream"));
 
     module.def(
         "ista_backward",

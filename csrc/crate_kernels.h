@@ -80,13 +80,15 @@ inline constexpr int kHeadDims[] = {48, 64, 80, 128};
 // the same or float32. Pointers are multiples of 16 bytes.
 
 // y = relu(x + xc G - threshold); the mask has a bit for each element of y, 1 where that is not
-// zero (csrc/ista/tiles.cuh has the layout).
+// zero (csrc/ista/tiles.cuh has the layout). The moments are of each 64 elements of a row of y:
+// their sum, and the sum of (y - their mean)^2.
 struct IstaForward {
     const void* x;     // (rows, d), x_dtype
     const void* xc;    // (rows, d), dtype: x itself where the dtypes are one
     const void* gram;  // (d, d), dtype
     void* y;           // (rows, d), x_dtype
     void* mask;        // ista_mask_bytes(rows, d), or null
+    float* moments;    // (d / 64, rows, 2), or null; d a multiple of 64, x_dtype as dtype
     int64_t rows;
     int d;
     float threshold;

@@ -379,15 +379,20 @@ bool test_ista(const IstaCase& c) {
     Dtype both_dtype = c.dtype == Dtype::kFloat16 ? Dtype::kFloat32 : c.dtype;
     DeviceArray<unsigned char> both(size_t(d) * d * (both_dtype == Dtype::kFloat32 ? 4 : 2));
 
-    std::array<Bytes, 5> results[2];
+    bool has_moments = d % 64 == 0 && c.x_dtype == c.dtype;
+    DeviceArray<float> moments(has_moments ? size_t(d) / 64 * rows * 2 : 0);
+
+    std::array<Bytes, 6> results[2];
     for (auto& result : results) {
         y.poison(), dx.poison(), g.poison(), g_alone.poison(), mask.poison();
         partials.poison(), m.poison(), both.poison();
+        if (has_moments) moments.poison();
         ista_forward({.x = x_data,
                       .xc = xc_in.data(),
                       .gram = gram_in.data(),
                       .y = y.data(),
                       .mask = mask.data(),
+                      .moments = has_moments ? moments.data() : nullptr,
                       .rows = rows,
                       .d = d,
                       .threshold = float(c.threshold),
@@ -416,11 +421,14 @@ bool test_ista(const IstaCase& c) {
                      .dtype = c.dtype},
                     nullptr);
         check(cudaDeviceSynchronize());
-        std::vector<float> sums = m.on_host();
-        result = {y.on_host(), dx.on_host(), g.on_host(),
-                  to_bytes(Values(sums.begin(), sums.end()), Dtype::kFloat32), both.on_host()};
+        auto bytes_of = [](const std::vector<float>& t) {
+            return to_bytes(Values(t.begin(), t.end()), Dtype::kFloat32);
+        };
+        result = {y.on_host(),    dx.on_host(),
+                  g.on_host(),    bytes_of(m.on_host()),
+                  both.on_host(), has_moments ? bytes_of(moments.on_host()) : Bytes()};
     }
-    const auto& [y_out, dx_out, g_out, m_bytes, both_out] = results[0];
+    const auto& [y_out, dx_out, g_out, m_bytes, both_out, moments_bytes] = results[0];
     bool passed = results[0] == results[1];
     if (!passed) std::printf("FAILED %s: two runs differ\n", c.name().c_str());
 
@@ -463,6 +471,26 @@ bool test_ista(const IstaCase& c) {
                            rounded(want_m, to_float), want_m, 3, 0x1p-19);
     passed &= close_enough(c.name() + ", m + m^T", from_bytes(both_out, both_dtype),
                            rounded(want_both, round_both), want_both, 3, 0x1p-19);
+    if (has_moments) {
+        auto moments_of = [&](const Values& t) {
+            Values found(size_t(d) / 64 * rows * 2);
+            for (int i = 0; i < rows; ++i) {
+                for (int j = 0; j < d; j += 64) {
+                    double sum = 0, square = 0;
+                    for (int k = j; k < j + 64; ++k) sum += t[size_t(i) * d + k];
+                    for (int k = j; k < j + 64; ++k) {
+                        square += std::pow(t[size_t(i) * d + k] - sum / 64, 2);
+                    }
+                    found[(size_t(j / 64) * rows + i) * 2] = sum;
+                    found[(size_t(j / 64) * rows + i) * 2 + 1] = square;
+                }
+            }
+            return found;
+        };
+        passed &= close_enough(c.name() + ", moments", from_bytes(moments_bytes, Dtype::kFloat32),
+                               moments_of(forward(to_dtype, to_x)),
+                               moments_of(forward(exact, exact)), 2, 0x1p-19);
+    }
     bool same_g = from_bytes(g_out, c.dtype) == masked && g_alone.on_host() == g_out;
     if (!same_g) std::printf("FAILED %s: g\n", c.name().c_str());
     return passed && same_g;

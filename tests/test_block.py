@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 
 import crate_kernels
 from crate_kernels import crate_block, crate_block_reference, crate_block_reference_backward
-from crate_kernels.block.op import PARAMETERS
+from crate_kernels.block.op import PARAMETERS, chained_block
 from crate_kernels.ista import gram_cache
 
 SHAPES = [(2, 5, 2, 3, 4), (1, 1, 1, 4, 4), (3, 7, 1, 5, 5), (2, 33, 3, 4, 12)]
@@ -109,7 +109,7 @@ def test_low_memory_keeps_less_and_gives_the_same():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             got[memory] = results(crate_block, inputs, dy, heads=2, memory=memory)
         kept[memory] = sum(t.numel() == size for t in saved.values())
-    assert kept == {"default": 5, "low": 3}  # y among them, which the next layer keeps as its x
+    assert kept == {"default": 6, "low": 3}  # y among them, which the next layer keeps as its x
     for name, t in got["low"].items():
         torch.testing.assert_close(t, got["default"][name])
 
@@ -147,12 +147,11 @@ def test_gradients_are_as_compiled_code_expects_them(memory):
     for k in ("w_qkv", "w_out", "weight"):
         inputs[k] = inputs[k].t().contiguous().t()
     leaves = [inputs[name] for name in ("x", *PARAMETERS)]
-    ops, options, masks = torch.ops.crate_kernels, (2, 8**-0.5, False, 1e-5, 0.1), (False, False)
-    y, xc, *kept, _ = ops.crate_block(
-        *leaves, None, torch.bfloat16, *options, 0.1, *masks, memory, "reference", "reference"
-    )
-    given = (torch.ones_like(y), xc, *kept, y, *leaves[1:], [True] * 9, *options, *masks, memory)
-    found = ops.crate_block_backward(*given, "reference", "reference")
+    ops, options, places = torch.ops.crate_kernels, (2, 8**-0.5, False, 1e-5, 0.1), (False, False)
+    rest = (*places, memory, "reference", "reference")
+    y, _, xc, *kept, _ = ops.crate_block(*leaves, None, None, torch.bfloat16, *options, 0.1, *rest)
+    given = (torch.ones_like(y), xc, *kept, y, *leaves[1:], [True] * 9, *options)
+    found = ops.crate_block_backward(*given, *rest)
     assert [g.dtype for g in found] == [y.dtype, *(t.dtype for t in leaves[1:])]
     assert all(g.is_contiguous() for g in found)
 
@@ -162,13 +161,16 @@ def test_two_layers_may_share_a_mask():
     first, second = (block_inputs(2, 9, 2, 8) for _ in range(2))
     second.pop("x")
     found = []
-    for masks in (False, True):
+    for chained in (False, True):
         leaves = [{k: t.clone().requires_grad_() for k, t in p.items()} for p in (first, second)]
-        y = crate_block(**leaves[0], heads=2, dy_is_masked=masks)
+        y, moments = chained_block(
+            moments=None, **leaves[0], heads=2, follows=False, precedes=chained
+        )
         seen = []
         y.register_hook(seen.append)
-        crate_block(y, **leaves[1], heads=2, masks_dx=masks).square().sum().backward()
-        assert torch.equal(seen[0] == 0, y == 0) == masks
+        out, _ = chained_block(y, moments, **leaves[1], heads=2, follows=chained, precedes=False)
+        out.square().sum().backward()
+        assert torch.equal(seen[0] == 0, y == 0) == chained
         found.append([t.grad for p in leaves for t in p.values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

@@ -104,24 +104,24 @@ def test_opcheck_ista(x_dtype, c_dtype, form):
 
 @pytest.mark.parametrize("memory", ["default", "low", "none"])
 @pytest.mark.parametrize("c_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("out", "masks_dx"), [(True, True), (False, False)])
-def test_opcheck_crate_block(memory, c_dtype, out, masks_dx):
+@pytest.mark.parametrize(("out", "follows"), [(True, True), (False, False)])
+def test_opcheck_crate_block(memory, c_dtype, out, follows):
     inputs = {k: t.float() for k, t in block_inputs(2, 5, 2, 4, out=out).items()}
     given = [inputs.get(name) for name in ("x", *PARAMETERS)]
     dtype = getattr(torch, c_dtype)
-    masks = (masks_dx, False)
-    rest = (None, dtype, 2, 0.5, False, 1e-5, 0.1, 0.1, *masks, memory, "reference", "reference")
+    end = (follows, False, memory, "reference", "reference")
+    rest = (None, None, dtype, 2, 0.5, False, 1e-5, 0.1, 0.1, *end)
     torch.library.opcheck(OPS.crate_block, (*given, *rest))
     if memory == "none":
         return
     leaves = [None if t is None else t.clone().requires_grad_() for t in given]
     torch.library.opcheck(OPS.crate_block, (*leaves, *rest))
-    y, xc, *kept, mask = OPS.crate_block(*given, *rest)
-    assert mask.numel() == 0
+    y, moments, xc, *kept, mask = OPS.crate_block(*given, *rest)
+    assert mask.numel() == moments.numel() == 0
     saved = (torch.randn_like(y), given[0] if xc.numel() == 0 else xc, *kept, y, *given[1:])
     for wants in ([True] * 9, [name in ("x", "w_qkv") for name in ("x", *PARAMETERS)]):
         wants = [want and t is not None for want, t in zip(wants, given, strict=True)]
-        options = (wants, 2, 0.5, False, 1e-5, 0.1, *masks, memory, "reference", "reference")
+        options = (wants, 2, 0.5, False, 1e-5, 0.1, *end)
         torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
 
 

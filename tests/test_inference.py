@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from crate_kernels import crate_block, fuse, models, prepare_for_inference, unfuse
+from crate_kernels import fuse, models, prepare_for_inference, unfuse
+from crate_kernels.block.op import chained_block
 from crate_kernels.nn import encoder
 
 DEPTH = 2
@@ -33,12 +34,13 @@ def watched(module, x, dtype=None):
     """The output, and of each layer what it is given: (dtype of w_qkv, whether there is G)."""
     given = []
 
-    def note(x, norm1_weight, norm1_bias, w_qkv, *rest, gram, **options):
+    def note(*tensors, gram, **options):
+        w_qkv = tensors[4]
         given.append((w_qkv.dtype, gram is not None))
-        return crate_block(x, norm1_weight, norm1_bias, w_qkv, *rest, gram=gram, **options)
+        return chained_block(*tensors, gram=gram, **options)
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
-    with torch.no_grad(), autocast, mock.patch.object(encoder, "crate_block", note):
+    with torch.no_grad(), autocast, mock.patch.object(encoder, "chained_block", note):
         y = module(x)
     return y, given
 

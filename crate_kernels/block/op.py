@@ -3,9 +3,10 @@
 h = LN(x),  z = x + MSSA(h),  u = LN(z),  y = ISTA(u)
 The passes in order, with what each reads and writes of (rows, D) tensors between the GEMMs:
     forward   x -> h | w = h U^T | o = attention(w) | p = o V^T | x, p -> z, u | y = ISTA(u)
-    backward  du = ISTA'(dy) | du, z -> dz, u | do = dz V | dw = attention'(do) | dh = dw U
+    backward  du = ISTA'(dy) | du, z -> dz | do = dz V | dw = attention'(do) | dh = dw U
               | dh, x, dz -> dx, h | and the weights' gradients from u, o and h
-Where a GEMM norms its products instead of its rows, the first pass only reads x and h is not there.
+Where a GEMM norms its products instead of its rows, the first pass only reads x and h is not there;
+nor is that pass, where the layer before says what it has to know of x (chained_block).
 """
 
 from __future__ import annotations
@@ -54,8 +55,6 @@ def crate_block(
     step_size: float = 0.1,
     lambd: float = 0.1,
     memory: str = "default",
-    masks_dx: bool = False,
-    dy_is_masked: bool = False,
     gram: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -70,12 +69,8 @@ def crate_block(
         weight, step_size, lambd: of :func:`crate_kernels.ista`.
         eps: of both norms, > 0.
         memory: what is kept for the backward pass, in tensors of B*N*D elements. "default": x,
-            w, o and z (four; the normed h and u are made again). "low": x and o (two; w and z
-            are made again too, by two more GEMMs). x is the y of the layer before, kept once.
-        masks_dx, dy_is_masked: between two layers, for the y of one that is the x of the next and
-            goes nowhere else. ISTA passes no gradient where y = 0: the next layer may return its
-            dx with zeros there already (masks_dx), so that the one before need not mask its dy
-            (dy_is_masked). Wrong gradients if only the latter is set.
+            w, o, z and u (five; the normed h is made again). "low": x and o (two; w, z and u are
+            made again too, by two more GEMMs). x is the y of the layer before, kept once.
         gram: G = eta (W - W^T W) of ``weight``, (D, D) in the GEMMs' dtype, if it is there already.
             Used where no gradient is wanted; without it G is kept as :func:`crate_kernels.ista`
             keeps it.
@@ -94,6 +89,51 @@ def crate_block(
         TypeError: not tensors, not floating, or of mixed dtypes with autocast off.
 
     Source: arXiv 2311.13110, eq. 18 and 19. Derivation and schedule: docs/block.md.
+    """
+    parameters = (
+        norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
+    )  # fmt: skip
+    y, _ = chained_block(
+        x, None, *parameters, follows=False, precedes=False, heads=heads, scale=scale,
+        causal=causal, eps=eps, step_size=step_size, lambd=lambd, memory=memory, gram=gram,
+        backend=backend,
+    )  # fmt: skip
+    return y
+
+
+def chained_block(
+    x: Tensor,
+    moments: Tensor | None,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    *,
+    follows: bool,
+    precedes: bool,
+    heads: int,
+    scale: float | None = None,
+    causal: bool = False,
+    eps: float = 1e-5,
+    step_size: float = 0.1,
+    lambd: float = 0.1,
+    memory: str = "default",
+    gram: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`crate_block` in a row of them, where the y of one is the x of the next and goes
+    nowhere else: y, and its moments (or an empty tensor), which the next one takes with it.
+
+    Args:
+        moments: those that came with x; None or empty where there are none.
+        follows, precedes: whether x is the y of such a layer, and whether y is the x of one. ISTA
+            passes no gradient where y = 0: a layer that follows returns its dx with zeros there
+            already, so that the one that precedes it need not mask its dy. The gradients are wrong
+            if two layers are not told the same of what is between them.
     """
     parameters = (
         norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
@@ -120,11 +160,11 @@ def crate_block(
         if gram is None and not torch.compiler.is_compiling():
             gram = cached_gram(weight, step_size, dtype, _ista_kernels(dictionary))
     numbers = (heads, scale, causal, float(eps), float(step_size), float(lambd))
-    masked = (masks_dx, dy_is_masked)
-    y, *_ = torch.ops.crate_kernels.crate_block(
-        x, *parameters, gram, dtype, *numbers, *masked, memory, attention, dictionary
+    places = (follows, precedes)
+    y, moments, *_ = torch.ops.crate_kernels.crate_block(
+        x, *parameters, moments, gram, dtype, *numbers, *places, memory, attention, dictionary
     )
-    return y
+    return y, moments
 
 
 def explain_crate_block(
@@ -202,25 +242,43 @@ def _linear(t: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(t, weight.to(t.dtype))
 
 
+def _in_gemm_dtype(flat: Tensor, *weights: Tensor | None) -> list[Any]:
+    """The weights as ``rounded`` laid them into ``flat``; themselves where it is empty."""
+    if flat.numel() == 0:
+        return list(weights)
+    parts = flat.split([0 if t is None else t.numel() for t in weights])
+    return [None if t is None else p.view(t.shape) for t, p in zip(weights, parts, strict=True)]
+
+
 def _project(
     x: Tensor,
+    moments: Tensor | None,
+    stats: Tensor | None,
     gamma: Tensor,
     beta: Tensor,
     w_qkv: Tensor,
+    wc_qkv: Tensor,
     eps: float,
     dtype: torch.dtype,
     rows: Any,
     attention: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """x in ``dtype``, h = LN(x) unless w = h U^T is made without it, w, and x's statistics."""
+    """x in ``dtype``, h = LN(x) unless w = h U^T is made without it, w, and x's statistics.
+
+    The statistics are those given, or made of x's moments, or of x.
+    """
     d = x.shape[-1]
     kernels = _attention_kernels(attention)
     if attention == "cuda" and kernels.takes_rows(x.numel() // d, w_qkv.shape[0], d):
-        xc, stats = rows.statistics(x, eps, dtype)
+        if stats is None and moments is not None and moments.numel() > 0:
+            stats = rows.statistics_of_moments(moments, eps)
+        xc = x
+        if stats is None or x.dtype != dtype:
+            xc, stats = rows.statistics(x, eps, dtype)
         w = kernels.normed_projection(xc, stats, rows.fold(w_qkv, gamma, beta, dtype))
         return xc, None, w, stats
     xc, h, stats = rows.normalise(x, None, None, gamma, beta, eps, dtype)
-    return xc, h, _linear(h, w_qkv), stats
+    return xc, h, _linear(h, wc_qkv), stats
 
 
 def _forward(
@@ -233,6 +291,7 @@ def _forward(
     norm2_weight: Tensor,
     norm2_bias: Tensor,
     weight: Tensor,
+    moments: Tensor | None,
     gram: Tensor | None,
     dtype: torch.dtype,
     heads: int,
@@ -241,35 +300,52 @@ def _forward(
     eps: float,
     step_size: float,
     lambd: float,
-    masks_dx: bool,
-    dy_is_masked: bool,
+    follows: bool,
+    precedes: bool,
     memory: str,
     attention: str,
     dictionary: str,
 ) -> tuple[Tensor, ...]:
-    """y, then what the backward pass needs: xc, stats1, w, o, lse, z, stats2, G, and y > 0."""
+    """y and its moments, then what the backward pass needs: xc, stats1, w, o, lse, z, u, stats2,
+    the weights in ``dtype``, G, and y > 0."""
     rows, ista = _rows(attention, dictionary), _ista_kernels(dictionary)
     given, x = x, x.contiguous()
+    weights = (w_qkv, w_out, weight)
+
+    def empty(dtype: torch.dtype = dtype) -> Tensor:
+        return x.new_empty(0, dtype=dtype)
+
+    gram = gram if memory == "none" else None
+    makes_gram = gram is None and _are_rounded(weights, dtype)
+    flat = rows.rounded(*weights, dtype) if makes_gram else empty()
+    wc_qkv, wc_out, wc = _in_gemm_dtype(flat, *weights)
+    means: Any = (dtype, rows, attention)
     norm1 = (norm1_weight, norm1_bias)
-    xc, h, w, stats1 = _project(x, *norm1, w_qkv, eps, dtype, rows, attention)
+    xc, h, w, stats1 = _project(x, moments, None, *norm1, w_qkv, wc_qkv, eps, *means)
     del h
     o, lse = _attention_kernels(attention).forward(w, heads, scale, causal)
-    p = o if w_out is None else _linear(o, w_out)
+    p = o if w_out is None else _linear(o, wc_out)
     z, u, stats2 = rows.normalise(x, p, b_out, norm2_weight, norm2_bias, eps, dtype)
     del p
-    empty = xc.new_empty
-    if memory == "none":
-        gram = ista.make_gram(weight, step_size, dtype) if gram is None else gram
-        y = ista.apply_gram(u, u, gram, step_size * lambd)
-        return y, *(empty(0) for _ in range(9))
-    gram = ista.make_gram(weight, step_size, dtype)
-    if dictionary == "cuda" and not dy_is_masked:
-        y, mask = ista.apply_gram_and_mask(u, u, gram, step_size * lambd)
+    gram = ista.make_gram(weight, step_size, dtype, wc) if gram is None else gram
+    threshold = step_size * lambd
+    mask, moments = empty(torch.uint8), empty(torch.float32)
+    if dictionary == "cuda" and precedes:
+        y, moments = ista.apply_gram_and_moments(u, gram, threshold)
+    elif dictionary == "cuda" and memory != "none":
+        y, mask = ista.apply_gram_and_mask(u, u, gram, threshold)
     else:
-        y, mask = ista.apply_gram(u, u, gram, step_size * lambd), empty(0, dtype=torch.uint8)
+        y = ista.apply_gram(u, u, gram, threshold)
+    if memory == "none":
+        return y, moments, *(empty() for _ in range(11))
     if memory == "low":
-        w, z, stats1, stats2 = empty(0), empty(0), stats1.new_empty(0), stats2.new_empty(0)
-    return y, (empty(0) if xc is given else xc), stats1, w, o, lse, z, stats2, gram, mask
+        w, z, u, stats2 = empty(), empty(), empty(), empty(stats2.dtype)
+    xc = empty() if xc is given else xc
+    return y, moments, xc, stats1, w, o, lse, z, u, stats2, flat, gram, mask
+
+
+def _are_rounded(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> bool:
+    return any(t is not None and t.dtype != dtype for t in weights)
 
 
 def _backward(
@@ -280,7 +356,9 @@ def _backward(
     o: Tensor,
     lse: Tensor,
     z: Tensor,
+    u: Tensor,
     stats2: Tensor,
+    flat: Tensor,
     gram: Tensor,
     kept: Tensor,
     norm1_weight: Tensor,
@@ -297,8 +375,8 @@ def _backward(
     causal: bool,
     eps: float,
     step_size: float,
-    masks_dx: bool,
-    dy_is_masked: bool,
+    follows: bool,
+    precedes: bool,
     memory: str,
     attention: str,
     dictionary: str,
@@ -307,41 +385,43 @@ def _backward(
     rows, ista = _rows(attention, dictionary), _ista_kernels(dictionary)
     dtype, low = xc.dtype, memory == "low"
     wanted = dict(zip(("x", *PARAMETERS), wants, strict=True))
-    u = h = dw_out = None
+    wc_qkv, wc_out, wc = _in_gemm_dtype(flat, w_qkv, w_out, weight)
+    h = dweight = dw_out = None
     if low:
-        p = o if w_out is None else _linear(o, w_out)
+        p = o if w_out is None else _linear(o, wc_out)
         z, u, stats2 = rows.normalise(xc, p, b_out, norm2_weight, norm2_bias, eps, dtype)
         del p
-    if dictionary == "cuda" and dy_is_masked:
+    if dictionary == "cuda" and precedes:
         g = dy.contiguous()
         du = ista.gradient_of_masked(g, gram)
     else:
         du, g = ista.input_gradient(dy, kept, gram)
-    dz, u_again, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
-        du, z, stats2, norm2_weight, norm2_bias, None, wanted["weight"] and not low, wanted["b_out"]
+    dz, _, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
+        du, z, stats2, norm2_weight, norm2_bias, None, False, wanted["b_out"]
     )
     del du, z
-    u = u_again if u is None else u
-    dweight = ista.weight_gradient(u, g, weight, step_size) if wanted["weight"] else None
-    del u, u_again, g
+    if wanted["weight"]:
+        dweight = ista.weight_gradient(u, g, weight, step_size, wc)
+    del u, g
     if w_out is not None and wanted["w_out"]:
         dw_out = sum_over_tokens(dz, o, w_out.dtype)
     kernels, sums = _attention_kernels(attention), {}
     if w_out is None:
         do = dz
     elif attention == "cuda":
-        do, sums["delta"] = kernels.output_gradient(dz, w_out.to(dtype), o, heads)
+        do, sums["delta"] = kernels.output_gradient(dz, wc_out, o, heads)
     else:
-        do = dz @ w_out.to(dtype)
+        do = dz @ wc_out
     if low:
+        means: Any = (dtype, rows, attention)
         norm1 = (norm1_weight, norm1_bias)
-        _, h, w, stats1 = _project(xc, *norm1, w_qkv, eps, dtype, rows, attention)
+        _, h, w, _ = _project(xc, None, stats1, *norm1, w_qkv, wc_qkv, eps, *means)
     dw = kernels.backward(do, w, o, lse, heads, scale, causal, **sums)
     del do, w, sums
-    dh = dw @ w_qkv.to(dtype)
+    dh = dw @ wc_qkv
     wants_h = wanted["w_qkv"] and h is None
     dx, h_again, dnorm1_weight, dnorm1_bias, _ = rows.normalise_backward(
-        dh, xc, stats1, norm1_weight, norm1_bias, dz, wants_h, False, masks_dx
+        dh, xc, stats1, norm1_weight, norm1_bias, dz, wants_h, False, follows
     )
     h = h_again if h is None else h
     dw_qkv = sum_over_tokens(dw, h, w_qkv.dtype) if wanted["w_qkv"] else None
@@ -361,32 +441,36 @@ def _backward(
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _, _, w_qkv, _, _, _, _, weight = rest[:8]
-    _, dtype, heads, *_, dy_is_masked, memory, _, dictionary = rest[8:]
+    _, _, w_qkv, w_out, _, _, _, weight = rest[:8]
+    _, _, dtype, heads, *_, precedes, memory, _, dictionary = rest[8:]
     n_rows, d = x.shape[0] * x.shape[1], x.shape[2]
     wide = torch.promote_types(dtype, torch.float32)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return x.new_empty(shape, dtype=dtype)
 
-    y = new(*x.shape)
+    y, kernels, by_cuda = new(*x.shape), _ista_kernels(dictionary), dictionary == "cuda"
+    shape = kernels.moments_shape(n_rows, d) if by_cuda and precedes else (0,)
+    moments = new(*shape, dtype=torch.float32)
     if memory == "none":
-        return y, *(new(0) for _ in range(9))
+        return y, moments, *(new(0) for _ in range(11))
     xc = new(0) if x.dtype == dtype and x.is_contiguous() else new(*x.shape)
     inner = (*x.shape[:2], w_qkv.shape[0])
     lse = new(x.shape[0], heads, x.shape[1], dtype=wide)
-    makes_bits = dictionary == "cuda" and not dy_is_masked
-    bits = _ista_kernels(dictionary).mask_bytes(n_rows, d) if makes_bits else 0
-    gram, mask = new(*weight.shape), new(bits, dtype=torch.uint8)
+    bits = kernels.mask_bytes(n_rows, d) if by_cuda and not precedes else 0
+    weights = (w_qkv, w_out, weight)
+    size = sum(t.numel() for t in weights if t is not None) if _are_rounded(weights, dtype) else 0
+    end = new(size), new(*weight.shape), new(bits, dtype=torch.uint8)
+    stats = new(n_rows, 2, dtype=wide)
     if memory == "low":
-        none = (new(0, dtype=wide), new(0)), (new(0), new(0, dtype=wide))
-        return y, xc, *none[0], new(*inner), lse, *none[1], gram, mask
-    stats = [new(n_rows, 2, dtype=wide) for _ in range(2)]
-    return y, xc, stats[0], new(*inner), new(*inner), lse, new(*x.shape), stats[1], gram, mask
+        none = new(0), new(0), new(0, dtype=wide)
+        return y, moments, xc, stats, new(0), new(*inner), lse, *none, *end
+    kept = new(*x.shape), new(*x.shape), torch.empty_like(stats)
+    return y, moments, xc, stats, new(*inner), new(*inner), lse, *kept, *end
 
 
 def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
-    parameters, wants = rest[8:16], rest[16]
+    parameters, wants = rest[10:18], rest[18]
     gradients = [None if t is None else t.new_empty(t.shape) for t in (xc, *parameters)]
     return [
         t if want and t is not None else xc.new_empty(0)
@@ -396,8 +480,8 @@ def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *parameters = inputs[:9]
-    y, xc, *kept, mask = output
-    ctx.x_dtype, ctx.options = x.dtype, (*inputs[11:16], *inputs[17:])  # all but lambd
+    y, _, xc, *kept, mask = output
+    ctx.x_dtype, ctx.options = x.dtype, (*inputs[12:17], *inputs[18:])  # all but lambd
     positive = mask if inputs[-1] == "cuda" else y
     # An empty xc stands for x itself.
     ctx.save_for_backward(x if xc.shape != x.shape else xc, *kept, positive, *parameters)
@@ -407,7 +491,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 22
+        return (None,) * 23
     wants = list(ctx.needs_input_grad[:9])
     found = torch.ops.crate_kernels.crate_block_backward(
         dy, *ctx.saved_tensors, wants, *ctx.options
@@ -415,26 +499,26 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
     gradients = [g if want else None for g, want in zip(found, wants, strict=True)]
     if gradients[0] is not None:
         gradients[0] = gradients[0].to(ctx.x_dtype)
-    return (*gradients, *(None for _ in range(13)))
+    return (*gradients, *(None for _ in range(14)))
 
 
 define(
     "crate_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor w_qkv, Tensor? w_out,"
-    " Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias, Tensor weight, Tensor? gram,"
-    " ScalarType dtype, int heads, float scale, bool causal, float eps, float step_size,"
-    " float lambd, bool masks_dx, bool dy_is_masked, str memory, str attention,"
-    " str dictionary) -> (Tensor y, Tensor xc,"
-    " Tensor stats1, Tensor w, Tensor o, Tensor lse, Tensor z, Tensor stats2, Tensor made_gram,"
-    " Tensor mask)",
+    " Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias, Tensor weight, Tensor? moments,"
+    " Tensor? gram, ScalarType dtype, int heads, float scale, bool causal, float eps,"
+    " float step_size, float lambd, bool follows, bool precedes, str memory, str attention,"
+    " str dictionary) -> (Tensor y, Tensor y_moments, Tensor xc, Tensor stats1, Tensor w, Tensor o,"
+    " Tensor lse, Tensor z, Tensor u, Tensor stats2, Tensor flat, Tensor made_gram, Tensor mask)",
     _forward,
     _forward_fake,
 )
 define(
     "crate_block_backward(Tensor dy, Tensor xc, Tensor stats1, Tensor w, Tensor o, Tensor lse,"
-    " Tensor z, Tensor stats2, Tensor gram, Tensor kept, Tensor norm1_weight, Tensor norm1_bias,"
+    " Tensor z, Tensor u, Tensor stats2, Tensor flat, Tensor gram, Tensor kept,"
+    " Tensor norm1_weight, Tensor norm1_bias,"
     " Tensor w_qkv, Tensor? w_out, Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias,"
     " Tensor weight, bool[] wants, int heads, float scale, bool causal, float eps,"
-    " float step_size, bool masks_dx, bool dy_is_masked, str memory, str attention,"
+    " float step_size, bool follows, bool precedes, str memory, str attention,"
     " str dictionary) -> Tensor[]",
     _backward,
     _backward_fake,

@@ -33,6 +33,12 @@ def normalise(
     return z.to(dtype), h.to(dtype), torch.stack((mean.flatten(), rstd.flatten()), dim=1)
 
 
+def rounded(w_qkv: Tensor, w_out: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their elements in ``dtype``, one tensor after another."""
+    given = [t for t in (w_qkv, w_out, weight) if t is not None]
+    return torch.cat([t.flatten().to(dtype) for t in given])
+
+
 def normalise_backward(
     dh: Tensor,
     z: Tensor,

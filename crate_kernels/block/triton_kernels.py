@@ -1,13 +1,16 @@
 """The passes over rows of a CRATE layer in Triton: bound by memory, each tensor read once.
 
     forward   z = x (+ p + b), h = gamma (z - mean) rstd + beta            normalise_kernel
-              U diag(gamma), its row sums and U beta, in place of h        fold_kernel
+              in place of h: U diag(gamma), its row sums and U beta        fold_kernel
+              in place of a pass over x: mean, rstd from ISTA's moments    statistics_kernel
+              the weights in the dtype of the GEMMs                        round_kernel
     backward  t = gamma dh, zhat = (z - mean) rstd                         normalise_backward_kernel
               dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is), and h again
               dgamma = sum dh zhat, dbeta = sum dh, db = sum dz            and sum_partials_kernel
 
 A program of the backward pass keeps its part of the three sums in registers; the parts are added
 in a fixed order, so results are bitwise repeatable. The contracts are those of torch_kernels.py.
+EARLY: launched before the kernel ahead ends.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..library import on_device_of
-from ..triton_common import multiprocessors
+from ..triton_common import early_start, multiprocessors, wait_if_early
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ def normalise_kernel(
     X, P, BIAS, GAMMA, BETA, Z, H, STATS, n_rows, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, WRITE_Z: tl.constexpr, WRITE_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_if_early(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     at = row.to(tl.int64) * D + col
@@ -76,9 +81,10 @@ def normalise_kernel(
 @triton.jit
 def fold_kernel(
     U, GAMMA, BETA, FOLDED, SUMS, SHIFT,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """FOLDED = U diag(gamma) in its dtype, SUMS its sum and SHIFT = U beta, a row a program."""
+    wait_if_early(EARLY)
     row = tl.program_id(0)
     col = tl.arange(0, BLOCK)
     u = tl.load(U + row.to(tl.int64) * D + col, mask=col < D, other=0.0).to(tl.float32)
@@ -88,6 +94,43 @@ def fold_kernel(
     tl.store(FOLDED + row.to(tl.int64) * D + col, folded, mask=col < D)
     tl.store(SUMS + row, tl.sum(folded.to(tl.float32), 0))
     tl.store(SHIFT + row, tl.sum(u * beta, 0))
+
+
+@triton.jit
+def statistics_kernel(
+    MOMENTS, STATS, n_rows, eps,
+    D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """STATS (rows, 2): mean and rstd, of MOMENTS (D / 64, rows, 2)."""
+    wait_if_early(EARLY)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
+    group = tl.arange(0, GROUPS)[:, None]
+    inside = (row < n_rows) & (group < D // 64)
+    at = MOMENTS + 2 * (group.to(tl.int64) * n_rows + row)
+    total = tl.load(at, mask=inside, other=0.0)
+    square = tl.load(at + 1, mask=inside, other=0.0)
+    mean = tl.sum(total, 0, keep_dims=True) / D
+    away = tl.where(inside, total / 64 - mean, 0.0)
+    variance = tl.sum(square + 64 * away * away, 0, keep_dims=True) / D
+    tl.store(STATS + 2 * row, mean, mask=row < n_rows)
+    tl.store(STATS + 2 * row + 1, tl.rsqrt(variance + eps), mask=row < n_rows)
+
+
+@triton.jit
+def round_kernel(
+    A, B, C, OUT, n_a, n_b, n_c,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """OUT = A, B (may be None) and C, one after another, in its dtype."""
+    wait_if_early(EARLY)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(A + at, mask=at < n_a, other=0.0).to(tl.float32)
+    left = at - n_a
+    if B is not None:
+        value += tl.load(B + left, mask=(left >= 0) & (left < n_b), other=0.0).to(tl.float32)
+        left -= n_b
+    value += tl.load(C + left, mask=(left >= 0) & (left < n_c), other=0.0).to(tl.float32)
+    tl.store(OUT + at, value.to(OUT.dtype.element_ty), mask=left < n_c)
 
 
 @triton.jit
@@ -110,8 +153,10 @@ def normalise_backward_kernel(
     DH, Z, STATS, GAMMA, BETA, SKIP, DZ, H, PARTIALS, n_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr, MASK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz summed."""
+    wait_if_early(EARLY)
     col = tl.arange(0, BLOCK)[None, :]
     gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
     if WRITE_H:
@@ -163,8 +208,10 @@ def normalise_backward_kernel(
 def sum_partials_kernel(
     PARTIALS, OUT0, OUT1, OUT2, n_parts,
     D: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """OUT0, OUT1 and, of SUMS = 3, OUT2 (D,): PARTIALS (n_parts, SUMS, D) summed over the parts."""
+    wait_if_early(EARLY)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1)
     total = tl.zeros((PARTS, BLOCK), tl.float32)
@@ -227,9 +274,22 @@ def _launch_normalise(
                 x, p, bias, gamma, beta, z, h, stats, n_rows, eps,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=p is not None, ADD_BIAS=bias is not None, WRITE_Z=writes_z,
-                WRITE_H=h is not None, num_warps=config.num_warps,
+                WRITE_H=h is not None, num_warps=config.num_warps, **early_start(x),
             )  # fmt: skip
     return z, stats
+
+
+def statistics_of_moments(moments: Tensor, eps: float) -> Tensor:
+    """The same statistics from what ista/cuda_kernels.py's apply_gram_and_moments says of x."""
+    groups, n_rows, _ = moments.shape
+    stats = torch.empty(n_rows, 2, dtype=torch.float32, device=moments.device)
+    rows = 128
+    with on_device_of(moments):
+        statistics_kernel[(triton.cdiv(n_rows, rows),)](
+            moments, stats, n_rows, eps, D=groups * 64, GROUPS=triton.next_power_of_2(groups),
+            ROWS=rows, num_warps=4, **early_start(moments),
+        )  # fmt: skip
+    return stats
 
 
 def fold(
@@ -242,9 +302,22 @@ def fold(
     with on_device_of(w):
         fold_kernel[(rows,)](
             w.contiguous(), gamma.contiguous(), beta.contiguous(), folded, sums, shift,
-            D=d, BLOCK=triton.next_power_of_2(d), num_warps=2,
+            D=d, BLOCK=triton.next_power_of_2(d), num_warps=2, **early_start(w),
         )  # fmt: skip
     return folded, sums, shift
+
+
+def rounded(w_qkv: Tensor, w_out: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their elements in ``dtype``, one tensor after another."""
+    given = [None if t is None else t.contiguous() for t in (w_qkv, w_out, weight)]
+    sizes = [0 if t is None else t.numel() for t in given]
+    out = torch.empty(sum(sizes), dtype=dtype, device=weight.device)
+    block = 2048
+    with on_device_of(weight):
+        round_kernel[(triton.cdiv(out.numel(), block),)](
+            *given, out, *sizes, BLOCK=block, num_warps=4, **early_start(weight)
+        )
+    return out
 
 
 def normalise_backward(
@@ -274,9 +347,10 @@ def normalise_backward(
                 dh, z, stats, gamma, beta, skip, dz, h, partials, n_rows,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=skip is not None, WRITE_H=wants_h, SUM_DZ=wants_sum, MASK=masks,
-                num_warps=config.num_warps,
+                num_warps=config.num_warps, **early_start(z),
             )  # fmt: skip
         sum_partials_kernel[(triton.cdiv(d, 32), n_sums)](
-            partials, *sums, programs, D=d, SUMS=n_sums, PARTS=128, BLOCK=32, num_warps=4
-        )
+            partials, *sums, programs, D=d, SUMS=n_sums, PARTS=128, BLOCK=32, num_warps=4,
+            **early_start(z),
+        )  # fmt: skip
     return dz, h, *sums

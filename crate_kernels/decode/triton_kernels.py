@@ -18,21 +18,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from ..library import on_device_of
-from ..triton_common import can_start_early, dot, dot_precision, multiprocessors
+from ..triton_common import dot, dot_precision, early_start, multiprocessors, wait_if_early
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every score, and finite: the difference of two of them is 0, not NaN.
 LEAST = tl.constexpr(-1e38)
-# Programs for each multiprocessor that the context is split into: of one warp, a dozen of which run
-# at a time.
-PROGRAMS = 48
+# Programs for each multiprocessor that the context is split into, of one warp; so many run at once.
+PROGRAMS, AT_ONCE = 48, 12
 # Columns that the program of one new token has side by side: 16 bytes of bfloat16 for each lane.
 COLUMNS = 256
-# Shorter parts are not worth their start and end: 264 bytes of sums for 32 KB of rows.
-LEAST_ROWS = 128
+# Shorter parts are not worth their start and end (264 bytes of sums for 32 KB of rows), but where
+# multiprocessors would go without; then they are as short as four visits.
+LEAST_ROWS, LEAST_TO_FILL = 128, 32
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,9 @@ def side_by_side(head_dim: int, heads: int) -> tuple[int, int]:
 
 def splits_for(programs: int, capacity: int, n_processors: int) -> int:
     """Into how many parts to split the context where there are ``programs`` without."""
-    return max(1, min(PROGRAMS * n_processors // programs, triton.cdiv(capacity, LEAST_ROWS)))
+    fills = min(AT_ONCE * n_processors // programs, triton.cdiv(capacity, LEAST_TO_FILL))
+    most = max(triton.cdiv(capacity, LEAST_ROWS), fills)
+    return max(1, min(PROGRAMS * n_processors // programs, most))
 
 
 @triton.jit
@@ -238,8 +239,7 @@ def combine_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """o of one new token and head from its parts; NaN where it does not fit into the cache."""
-    if EARLY:
-        gdc_wait()
+    wait_if_early(EARLY)
     row = tl.program_id(0).to(tl.int64)  # over (B, heads, T)
     b, h, t = row // n_new // heads, row // n_new % heads, row % n_new
     splits = tl.arange(0, BLOCK_S)
@@ -293,10 +293,9 @@ def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) 
                 **sizes, **options,
             )  # fmt: skip
         if splits > 1:
-            early = can_start_early(w)
             combine_kernel[(batch * heads * n_new,)](
                 sums, stats, lengths, o, capacity, n_new, heads,
-                BLOCK_S=triton.next_power_of_2(splits), EARLY=early, num_warps=1, **sizes,
-                **({"launch_pdl": True} if early else {}),
+                BLOCK_S=triton.next_power_of_2(splits), num_warps=1 if splits <= 32 else 4,
+                **sizes, **early_start(w),
             )  # fmt: skip
     return o

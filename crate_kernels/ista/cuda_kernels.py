@@ -1,12 +1,13 @@
 """ISTA by the CUDA kernels of csrc/ista: float16 and bfloat16, compute capability 9.0.
 
-    forward   y  = relu(x + xc G - t), and the bits of y > 0        ista_forward
+    forward   y  = relu(x + xc G - t), the bits of y > 0, moments   ista_forward
     backward  g  = dy where the bits are set, dx = g + g G^T        ista_backward
               M  = xc^T g, and M + M^T                              ista_weight
               dW = eta M - eta W (M + M^T)                          triton_kernels.py
     per step  G  = eta W - eta W^T W                                triton_kernels.py
 
-The bits stand in for y in the backward pass: one for each of its elements (docs/ista.md). Products
+The bits stand in for y in the backward pass: one for each of its elements (docs/ista.md). Moments
+of y spare the norm that comes after a pass over it (docs/block.md). Products
 of D^3 and those of fewer tokens than columns are Triton's.
 """
 
@@ -38,7 +39,7 @@ def mask_bytes(rows: int, d: int) -> int:
 
 def apply_gram(x: Tensor, xc: Tensor, gram: Tensor, threshold: float) -> Tensor:
     """relu(x + xc G - threshold)"""
-    return _forward(x, xc, gram, threshold, None)
+    return _forward(x, xc, gram, threshold)
 
 
 def apply_gram_and_mask(
@@ -47,10 +48,31 @@ def apply_gram_and_mask(
     """The same, and the bits of what is not zero in it."""
     d = x.shape[-1]
     mask = torch.empty(mask_bytes(x.numel() // d, d), dtype=torch.uint8, device=x.device)
-    return _forward(x, xc, gram, threshold, mask), mask
+    return _forward(x, xc, gram, threshold, mask=mask), mask
 
 
-def _forward(x: Tensor, xc: Tensor, gram: Tensor, threshold: float, mask: Tensor | None) -> Tensor:
+def moments_shape(rows: int, d: int) -> tuple[int, ...]:
+    """Of the moments of (rows, d), which there are where 64 divides d."""
+    return (d // 64, rows, 2) if d % 64 == 0 else (0,)
+
+
+def apply_gram_and_moments(x: Tensor, gram: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """y = relu(x + x G - threshold); of each 64 elements of a row of y the sum, and the sum of
+    their squared distances from their mean."""
+    d = x.shape[-1]
+    shape = moments_shape(x.numel() // d, d)
+    moments = torch.empty(shape, dtype=torch.float32, device=x.device)
+    return _forward(x, x, gram, threshold, moments=moments if len(shape) > 1 else None), moments
+
+
+def _forward(
+    x: Tensor,
+    xc: Tensor,
+    gram: Tensor,
+    threshold: float,
+    mask: Tensor | None = None,
+    moments: Tensor | None = None,
+) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, xc.dtype), device=x.device)
     if y.numel() == 0:
         return y
@@ -58,7 +80,7 @@ def _forward(x: Tensor, xc: Tensor, gram: Tensor, threshold: float, mask: Tensor
     x, xc = _readable(x), _readable(xc)
     _launch(
         "ista_forward", xc,
-        x=x, xc=xc, gram=gram, y=y, mask=mask, threshold=threshold,
+        x=x, xc=xc, gram=gram, y=y, mask=mask, moments=moments, threshold=threshold,
         dtype=xc.dtype, x_dtype=y.dtype,
     )  # fmt: skip
     return y
@@ -89,7 +111,9 @@ def gradient_of_masked(g: Tensor, gram: Tensor) -> Tensor:
     return dx
 
 
-def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
+def weight_gradient(
+    xc: Tensor, g: Tensor, weight: Tensor, step_size: float, wc: Tensor | None = None
+) -> Tensor:
     """dW = eta (M - W (M + M^T)), M = xc^T g summed in parts of the tokens, in float32."""
     xc = _readable(xc)
     d = xc.shape[-1]
@@ -98,6 +122,7 @@ def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> 
     m = torch.empty(d, d, dtype=torch.float32, device=xc.device)
     # float16 cannot hold a scaled M: its product runs in TF32.
     dtype = torch.float32 if xc.dtype == torch.float16 else xc.dtype
+    wc = wc if wc is not None and wc.dtype == dtype else weight.to(dtype)
     both = torch.empty_like(m, dtype=dtype)
     _launch(
         "ista_weight", xc,
@@ -105,7 +130,7 @@ def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> 
     )  # fmt: skip
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     triton_kernels._gemm(
-        m, weight.to(dtype), both, dw,
+        m, wc, both, dw,
         beta=step_size, alpha=-step_size, precision=dot_precision(xc.dtype),
     )  # fmt: skip
     return dw

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 
-def make_gram(weight: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """G (D, D) in ``dtype``, computed in the weight's own."""
+def make_gram(
+    weight: Tensor, step_size: float, dtype: torch.dtype, wc: Tensor | None = None
+) -> Tensor:
+    """G (D, D) in ``dtype``, computed in the weight's own. wc: the weight in ``dtype``, if there is
+    one, for the kernels that multiply in it."""
     return torch.addmm(weight, weight.mT, weight, beta=step_size, alpha=-step_size).to(dtype)
 
 
@@ -44,8 +47,10 @@ def input_gradient(
     return (_add_gemm(g, gc, gram.mT) if wants_x else None), gc
 
 
-def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
-    """dW = eta (M - W (M + M^T)), M = xc^T g over all tokens."""
+def weight_gradient(
+    xc: Tensor, g: Tensor, weight: Tensor, step_size: float, wc: Tensor | None = None
+) -> Tensor:
+    """dW = eta (M - W (M + M^T)), M = xc^T g over all tokens. wc as for make_gram."""
     m = (_rows(xc).mT @ _rows(g)).to(weight.dtype)
     return torch.addmm(m, weight, m + m.mT, beta=step_size, alpha=-step_size)
 

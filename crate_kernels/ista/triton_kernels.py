@@ -209,10 +209,12 @@ def weight_changed_kernel(W, SEEN, CHANGED, n_elements, BLOCK: tl.constexpr):
 # ---- launchers; the contracts are those of torch_kernels.py
 
 
-def make_gram(weight: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """G (D, D) in ``dtype``; the product takes the weight rounded to it."""
+def make_gram(
+    weight: Tensor, step_size: float, dtype: torch.dtype, wc: Tensor | None = None
+) -> Tensor:
+    """G (D, D) in ``dtype``; the product takes the weight rounded to it, wc if that is there."""
     gram = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    _launch_gram(weight.contiguous(), gram, step_size)
+    _launch_gram(weight.contiguous(), gram, step_size, wc)
     return gram
 
 
@@ -227,13 +229,17 @@ def refresh_gram(weight: Tensor, seen: Tensor, gram: Tensor, step_size: float) -
         weight_changed_kernel[(changed.numel(),)](
             weight, seen, changed, weight.numel(), BLOCK=block
         )
-    _launch_gram(weight, gram, step_size, changed)
+    _launch_gram(weight, gram, step_size, None, changed)
 
 
 def _launch_gram(
-    weight: Tensor, gram: Tensor, step_size: float, changed: Tensor | None = None
+    weight: Tensor,
+    gram: Tensor,
+    step_size: float,
+    wc: Tensor | None = None,
+    changed: Tensor | None = None,
 ) -> None:
-    wc = weight.to(gram.dtype)
+    wc = weight.to(gram.dtype) if wc is None else wc
     _gemm(weight, wc.mT, wc, gram, beta=step_size, alpha=-step_size, changed=changed)
 
 
@@ -281,21 +287,29 @@ def _masked_gradient(dy: Tensor, y: Tensor, g: Tensor, gram: Tensor, mask: str) 
     return dx
 
 
-def weight_gradient(xc: Tensor, g: Tensor, weight: Tensor, step_size: float) -> Tensor:
+def weight_gradient(
+    xc: Tensor, g: Tensor, weight: Tensor, step_size: float, wc: Tensor | None = None
+) -> Tensor:
     """dW = eta (M - W (M + M^T)), M = xc^T g over all tokens."""
-    return _weight_gradient_of(sum_over_tokens(xc, g, torch.float32), weight, step_size, xc.dtype)
+    m = sum_over_tokens(xc, g, torch.float32)
+    return _weight_gradient_of(m, weight, step_size, xc.dtype, wc)
 
 
 def _weight_gradient_of(
-    m: Tensor, weight: Tensor, step_size: float, c_dtype: torch.dtype
+    m: Tensor,
+    weight: Tensor,
+    step_size: float,
+    c_dtype: torch.dtype,
+    wc: Tensor | None = None,
 ) -> Tensor:
     """eta (M - W (M + M^T)), of products that ran in ``c_dtype``."""
     # float16 cannot hold a scaled M: its product runs in TF32.
     dtype = torch.float32 if c_dtype == torch.float16 else c_dtype
     both = torch.add(m, m.mT, out=torch.empty_like(m, dtype=dtype))
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    wc = wc if wc is not None and wc.dtype == dtype else weight.to(dtype)
     _gemm(
-        m, weight.to(dtype), both, dw,
+        m, wc, both, dw,
         beta=step_size, alpha=-step_size, precision=dot_precision(c_dtype),
     )  # fmt: skip
     return dw

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..block.op import MEMORY, crate_block
+from ..block.op import MEMORY, chained_block
 from ..checks import refuse
 from ..library import autocast_dtype, autocast_is_on
 from .encoder_recognition import published_forward, reason_against_step
@@ -122,11 +122,14 @@ class Encoder(nn.Module):
         alone = not self._observers
         chained = [alone and a is b is None for a, b in itertools.pairwise(reasons)]
         chained = [False, *chained, False]
+        moments = None
         for i, (attn, ff) in enumerate(layers):
-            reason, masks = reasons[i], (chained[i], chained[i + 1])
+            reason = reasons[i]
             if reason is None:
-                y = _run(attn, ff, x, self.memory, masks, self.constants, i)
+                place = {"follows": chained[i], "precedes": chained[i + 1], "memory": self.memory}
+                y, moments = _run(attn, ff, x, moments, self.constants, i, **place)
             else:
+                moments = None
                 if not torch.compiler.is_compiling():
                     log_once(f"a layer of an Encoder runs unfused: {reason}")
                 y = ff(attn(x) + x)
@@ -152,19 +155,20 @@ def _run(
     attn: Any,
     ff: Any,
     x: Tensor,
-    memory: str,
-    masks: tuple[bool, bool],
+    moments: Tensor | None,
     kept: Constants | None,
     i: int,
-) -> Tensor:
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
     norm1_weight, norm1_bias, w_qkv, w_out, *rest = _parameters(attn, ff)
     gram = None
     if kept is not None:
         constants = layer_constants(kept, i, x, w_qkv, w_out, ff.fn)
         if constants is not None:
             w_qkv, w_out, gram = constants.w_qkv, constants.w_out, constants.gram
-    return crate_block(
+    return chained_block(
         x,
+        moments,
         norm1_weight,
         norm1_bias,
         w_qkv,
@@ -175,10 +179,8 @@ def _run(
         eps=attn.norm.eps,
         step_size=ff.fn.step_size,
         lambd=ff.fn.lambd,
-        memory=memory,
-        masks_dx=masks[0],
-        dy_is_masked=masks[1],
         gram=gram,
+        **options,
     )
 
 

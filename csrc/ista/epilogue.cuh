@@ -135,33 +135,60 @@ __device__ __forceinline__ void norm_part(const GemmParams& p, const float2* col
     }
 }
 
-// The output, and in the forward pass the bits of what is not zero.
+// Sum and squared distances from the mean along the rows of a part, of 64 columns of the output.
 template <typename Config, int kPart>
-__device__ __forceinline__ void write_part(PartPosition<Config> part,
-                                           const float (&sums)[Config::kSums], uint32_t& word,
-                                           float threshold) {
+__device__ __forceinline__ void write_moments(const GemmParams& p, int column, int row,
+                                              const float (&sums)[Config::kSums]) {
+    constexpr int kFirst = Config::column_of(kPart) / 8;
+    row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float sum = 0, square = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            sum += sums[4 * (kFirst + j) + 2 * h] + sums[4 * (kFirst + j) + 2 * h + 1];
+        }
+        sum = row_sum(sum);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float first = sums[4 * (kFirst + j) + 2 * h] - sum / 64;
+            float second = sums[4 * (kFirst + j) + 2 * h + 1] - sum / 64;
+            square += first * first + second * second;
+        }
+        square = row_sum(square);
+        if (threadIdx.x % 4 == 0 && column < p.n && row + 8 * h < p.rows) {
+            p.moments[int64_t(column / 64) * p.rows + row + 8 * h] = {sum, square};
+        }
+    }
+}
+
+// The output, which is left in sums as well, and in the forward pass the bits of what is not zero.
+template <typename Config, int kPart>
+__device__ __forceinline__ void write_part(PartPosition<Config> part, float (&sums)[Config::kSums],
+                                           uint32_t& word, float threshold) {
 #pragma unroll
     for (int j = 0; j < Config::kPartColumns / 8; ++j) {
         constexpr int kFirst = Config::column_of(kPart) / 8;
         int in_word = (kFirst + j) % 8;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float2 out{sums[4 * (kFirst + j) + 2 * h], sums[4 * (kFirst + j) + 2 * h + 1]};
+            float& first = sums[4 * (kFirst + j) + 2 * h];
+            float& second = sums[4 * (kFirst + j) + 2 * h + 1];
             if constexpr (Config::kProduct == Product::kForward) {
-                out.x -= threshold;
-                out.y -= threshold;
-                if (out.x <= 0) {  // false for NaN, which stays
-                    out.x = 0;
+                first -= threshold;
+                second -= threshold;
+                if (first <= 0) {  // false for NaN, which stays
+                    first = 0;
                 } else {
                     word |= mask_bit(in_word, h, 0);
                 }
-                if (out.y <= 0) {
-                    out.y = 0;
+                if (second <= 0) {
+                    second = 0;
                 } else {
                     word |= mask_bit(in_word, h, 1);
                 }
             }
-            write_pair<typename Config::Out>(part.at(j, h), out);
+            write_pair<typename Config::Out>(part.at(j, h), {first, second});
         }
     }
 }
@@ -250,6 +277,9 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
             store_tile(&p.out, from, column, row);
         }
         commit_stores();
+    }
+    if constexpr (Config::kProduct == Product::kForward && sizeof(typename Config::Out) == 2) {
+        if (p.moments) write_moments<Config, kPart>(p, column, row, part_sums);
     }
     if constexpr (Config::kProduct == Product::kForward && kInWord + 1 == Config::kPartsOfWord) {
         uint32_t* to = mask.template word<kPart>();

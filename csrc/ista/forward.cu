@@ -1,4 +1,4 @@
-// y = relu(x + xc G - threshold) and the bits of y > 0.
+// y = relu(x + xc G - threshold), the bits of y > 0, and the moments of its rows.
 #include "launch.cuh"
 #include "launchers.h"
 
@@ -10,6 +10,10 @@ int64_t ista_mask_bytes(int64_t rows, int d) {
 
 void ista_forward(const IstaForward& args, cudaStream_t stream) {
     check_ista("ista_forward", args.rows, args.d, args.dtype, args.x_dtype);
+    if (args.moments && (args.d % 64 != 0 || args.x_dtype != args.dtype)) {
+        throw std::invalid_argument(
+            "ista_forward: expected moments only for d a multiple of 64 and one dtype");
+    }
     ista_forward(args, choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors()), stream);
 }
 
@@ -25,7 +29,8 @@ void ista_forward(const IstaForward& args, const GemmPlan& plan, cudaStream_t st
                           .k = args.d,
                           .dtype = args.dtype,
                           .out_dtype = args.x_dtype,
-                          .threshold = args.threshold};
+                          .threshold = args.threshold,
+                          .moments = args.moments};
     launch_gemm<Product::kForward>(operands, plan, stream);
 }
 

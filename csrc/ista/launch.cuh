@@ -19,6 +19,7 @@ struct GemmOperands {
     Dtype dtype, out_dtype;
     float threshold;
     float* row_sums = nullptr;
+    float* moments = nullptr;
     const float *row_statistics = nullptr, *column_sums = nullptr, *shift = nullptr;
 };
 
@@ -47,6 +48,7 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
     if (p.stores_g) p.g = matrix(x.g, x.dtype, x.m, x.n, kBlockM, kBlockK);
     p.mask = x.mask;
     p.row_sums = x.row_sums;
+    p.moments = reinterpret_cast<float2*>(x.moments);
     p.row_statistics = reinterpret_cast<const float2*>(x.row_statistics);
     p.column_sums = x.column_sums;
     p.shift = x.shift;

@@ -24,6 +24,7 @@ struct GemmParams {
     bool stores_g;  // the backward pass, where it makes g
     uint32_t* mask;
     float* row_sums;               // (n / 64, rows)
+    float2* moments;               // of the output: (n / 64, rows), as IstaForward has them
     const float2* row_statistics;  // mean and 1 / standard deviation
     const float *column_sums, *shift;
     int rows, n;

@@ -33,22 +33,30 @@ __global__ void __launch_bounds__(512)
     if (threadIdx.x == 0) stats[blockIdx.x].weights_hold = all_hold;
 }
 
-// The same where delta (heads, batch, n) is there: a thread for each row.
-__global__ void __launch_bounds__(kTile)
+// The same where delta (heads, batch, n) is there: a warp for each row tile of a head.
+constexpr int kTilesOfBlock = 8;
+
+__global__ void __launch_bounds__(32 * kTilesOfBlock)
     attention_row_statistics_of(RowStatistics* stats, const float* delta, const float* lse, int n,
-                                int heads, int64_t rows, float scale) {
+                                int heads, int64_t rows, int blocks, float scale) {
     let_next_kernel_start();
-    int tiles = ceil_div(n, kTile), tile = blockIdx.x % tiles;
-    int head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
-    int row = tile * kTile + threadIdx.x;
-    bool exists = row < n;
-    int r = exists ? row : 0;
-    lse += (int64_t)(blockIdx.x / tiles) * n;
-    bool holds =
-        write_statistics(&stats[blockIdx.x], threadIdx.x, exists, lse[r] * kLog2E, lse[0] * kLog2E,
-                         delta[head * rows + (int64_t)batch * n + r], scale);
-    bool all_hold = __syncthreads_and(holds);
-    if (threadIdx.x == 0) stats[blockIdx.x].weights_hold = all_hold;
+    int block = blockIdx.x * kTilesOfBlock + threadIdx.x / 32;  // of the kernel after
+    if (block >= blocks) return;
+    int tiles = ceil_div(n, kTile), tile = block % tiles;
+    int head = block / tiles % heads, batch = block / tiles / heads;
+    lse += (int64_t)(block / tiles) * n;
+    delta += head * rows + (int64_t)batch * n;
+    bool hold = true;
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < kTile; i += 32) {
+        int row = tile * kTile + i;
+        bool exists = row < n;
+        int r = exists ? row : 0;
+        hold &= write_statistics(&stats[block], i, exists, lse[r] * kLog2E, lse[0] * kLog2E,
+                                 delta[r], scale);
+    }
+    hold = __all_sync(0xFFFFFFFF, hold);
+    if (threadIdx.x % 32 == 0) stats[block].weights_hold = hold;
 }
 
 // ---- dw
@@ -194,9 +202,10 @@ void attention_backward_long(const AttentionBackward& args, cudaStream_t stream)
         int blocks = ceil_div(args.n, kTile) * args.batch * args.heads;
         auto stats = reinterpret_cast<RowStatistics*>(args.scratch);
         if (args.delta) {
-            attention_row_statistics_of<<<blocks, kTile, 0, stream>>>(
-                stats, args.delta, args.lse, args.n, args.heads, int64_t{args.batch} * args.n,
-                args.scale);
+            attention_row_statistics_of<<<ceil_div(blocks, kTilesOfBlock), 32 * kTilesOfBlock, 0,
+                                          stream>>>(stats, args.delta, args.lse, args.n, args.heads,
+                                                    int64_t{args.batch} * args.n, blocks,
+                                                    args.scale);
         } else {
             attention_row_statistics<T, kHeadDim><<<blocks, 512, 0, stream>>>(
                 stats, static_cast<const T*>(args.grad_o), args.grad_o_stride_batch,

@@ -17,6 +17,7 @@ from helpers import (
 )
 
 from crate_kernels import crate_block, explain
+from crate_kernels.block.op import chained_block
 
 triton_kernels = pytest.importorskip("crate_kernels.block.triton_kernels")
 
@@ -160,17 +161,60 @@ def test_projection_without_the_normed_rows(shape, x_dtype, dtype):
     assert_as_close_as_plain(got, {"w": plain(x, *(t.to(dtype) for t in (u, gamma, beta)))}, exact)
 
 
+@pytest.mark.parametrize("with_out", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rounded_weights(dtype, with_out):
+    from crate_kernels.block import torch_kernels
+
+    for d, inner in [(768, 768), (5, 7), (576, 384)]:
+        shapes = ((inner, d), (d, inner), (d, d))
+        w_qkv, w_out, weight = (torch.randn(*shape, device="cuda") for shape in shapes)
+        given = (w_qkv, w_out if with_out else None, weight, dtype)
+        assert torch.equal(*(k.rounded(*given) for k in (triton_kernels, torch_kernels)))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(591, 384), (1, 64), (8000, 768), (30011, 576), (4000, 1024)], ids=str
+)
+def test_moments_of_a_gemm_are_those_of_what_it_wrote(shape, dtype):
+    """The statistics that come of them, against those of the y that the norm reads."""
+    kernels = pytest.importorskip("crate_kernels.ista.cuda_kernels")
+    rows, d = shape
+    u = torch.randn(rows, d, device="cuda").to(dtype)
+    gram = (0.1 * d**-0.5 * torch.randn(d, d, device="cuda")).to(dtype)
+    y, moments = kernels.apply_gram_and_moments(u, gram, 0.01)
+    assert torch.equal(y, kernels.apply_gram(u, u, gram, 0.01))
+    for _ in range(REPEATS):
+        again = kernels.apply_gram_and_moments(u, gram, 0.01)
+        assert torch.equal(again[0], y) and torch.equal(again[1], moments)
+    got = triton_kernels.statistics_of_moments(moments, 1e-5)
+    exact = torch.relu(u.double() + u.double() @ gram.double() - 0.01)
+    mean, variance = exact.mean(1), exact.var(1, correction=0)
+    exact = {"mean": mean, "rstd": (variance + 1e-5).rsqrt()}
+    _, plain = triton_kernels.statistics(y, 1e-5, dtype)
+    assert_as_close_as_plain(
+        dict(zip(exact, got.unbind(1), strict=True)),
+        dict(zip(exact, plain.unbind(1), strict=True)),
+        exact,
+        shape,
+    )
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("memory", ["default", "low"])
-def test_two_layers_may_share_a_mask(memory, dtype):
+@pytest.mark.parametrize("batch", [3, 24])  # 24: the second layer takes the moments of the first
+def test_layers_in_a_row(batch, memory, dtype):
     """The gradients are those without: dx is masked with the y that the first layer wrote."""
-    first, second = (inputs_on_gpu((3, 197, 12, 64, 768), dtype) for _ in range(2))
+    first, second = (inputs_on_gpu((batch, 197, 12, 64, 768), dtype) for _ in range(2))
     second.pop("x")
-    found = []
-    for masks in (False, True):
+    found, options = [], {"heads": 12, "memory": memory}
+    for chained in (False, True):
         leaves = [{k: t.clone().requires_grad_() for k, t in p.items()} for p in (first, second)]
-        y = crate_block(**leaves[0], heads=12, memory=memory, dy_is_masked=masks)
-        y = crate_block(y, **leaves[1], heads=12, memory=memory, masks_dx=masks)
+        one, two = {"follows": False, "precedes": chained}, {"follows": chained, "precedes": False}
+        y, moments = chained_block(moments=None, **leaves[0], **one, **options)
+        assert (moments.numel() > 0) == chained
+        y, _ = chained_block(y, moments, **leaves[1], **two, **options)
         torch.manual_seed(0)
         y.backward(torch.randn_like(y))
         found.append({f"{i}.d{k}": t.grad for i, p in enumerate(leaves) for k, t in p.items()})

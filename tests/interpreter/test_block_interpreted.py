@@ -74,6 +74,37 @@ def test_the_folded_projection(dtype):
         assert_as_close_as_plain({"w": got.to(dtype)}, plain, exact, (rows, d))
 
 
+def moments_of(x):
+    """Of each 64 elements of a row: their sum, and the squared distances from their mean."""
+    groups = x.unflatten(1, (-1, 64))
+    squares = (groups - groups.mean(2, keepdim=True)).square().sum(2)
+    return torch.stack((groups.sum(2), squares), 2).transpose(0, 1).contiguous()
+
+
+def test_statistics_from_moments():
+    """Also where the mean is large beside what is around it, and groups differ in theirs."""
+    for rows, d, mean in [(7, 64, 0), (300, 192, 100), (128, 448, 3)]:
+        x = torch.randn(rows, d) + mean * torch.rand(rows, 1) + (torch.arange(d) // 64) % 3
+        got = triton_kernels.statistics_of_moments(moments_of(x), 1e-5)
+        _, want = triton_kernels.statistics(x, 1e-5, torch.float32)
+        exact = torch_kernels.normalise(
+            x.double(), None, None, torch.ones(d), torch.zeros(d), 1e-5, torch.float64
+        )[2]
+        assert_as_close_as_plain({"stats": got}, {"stats": want}, {"stats": exact}, (rows, d))
+
+
+@pytest.mark.parametrize("with_out", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounded_weights(dtype, with_out):
+    for d, inner in [(24, 40), (5, 7), (100, 33)]:
+        w_qkv, weight = torch.randn(inner, d), torch.randn(d, d).T
+        w_out = torch.randn(d, inner).bfloat16() if with_out else None
+        both = [k.rounded(w_qkv, w_out, weight, dtype) for k in (triton_kernels, torch_kernels)]
+        # The interpreter cuts bits off where it makes bfloat16.
+        exactly = dtype == torch.float16
+        torch.testing.assert_close(*both, rtol=0 if exactly else torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layer(dtype, memory):

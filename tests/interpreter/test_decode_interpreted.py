@@ -171,9 +171,10 @@ def test_opcheck(n_new):
     ("programs", "capacity", "splits"),
     [
         (768, 4096, 8),
-        (12, 4096, 16),
-        (12, 256, 1),
-        (12, 257, 2),
+        (192, 4096, 32),
+        (12, 4096, 128),  # shorter parts, so that no multiprocessor goes without
+        (12, 32, 1),
+        (12, 33, 2),
         (10**6, 10**6, 1),
         (1, 10**8, 6336),
     ],
