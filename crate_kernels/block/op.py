@@ -11,6 +11,7 @@ nor is that pass, where the layer before says what it has to know of x (chained_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ def crate_block(
         weight, step_size, lambd: of :func:`crate_kernels.ista`.
         eps: of both norms, > 0.
         memory: what is kept for the backward pass, in tensors of B*N*D elements. "default": x,
-            w, o, z and u (five; the normed h is made again). "low": x and o (two; w, z and u are
-            made again too, by two more GEMMs). x is the y of the layer before, kept once.
+            w, o, z and u (five; the normed h is made again). "low": x, o and z (three; w and u
+            are made again too, w by one more GEMM). x is the y of the layer before, kept once.
         gram: G = eta (W - W^T W) of ``weight``, (D, D) in the GEMMs' dtype, if it is there already.
             Used where no gradient is wanted; without it G is kept as :func:`crate_kernels.ista`
             keeps it.
@@ -123,6 +124,7 @@ def chained_block(
     lambd: float = 0.1,
     memory: str = "default",
     gram: Tensor | None = None,
+    folded: Sequence[Tensor] = (),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`crate_block` in a row of them, where the y of one is the x of the next and goes
@@ -134,6 +136,8 @@ def chained_block(
             passes no gradient where y = 0: a layer that follows returns its dx with zeros there
             already, so that the one that precedes it need not mask its dy. The gradients are wrong
             if two layers are not told the same of what is between them.
+        folded: what ``fold`` (block/triton_kernels.py) makes of w_qkv and the first norm, if it is
+            there already; used as gram is.
     """
     parameters = (
         norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
@@ -162,8 +166,9 @@ def chained_block(
     numbers = (heads, scale, causal, float(eps), float(step_size), float(lambd))
     places = (follows, precedes)
     y, moments, *_ = torch.ops.crate_kernels.crate_block(
-        x, *parameters, moments, gram, dtype, *numbers, *places, memory, attention, dictionary
-    )
+        x, *parameters, moments, gram, list(folded), dtype, *numbers, *places,
+        memory, attention, dictionary,
+    )  # fmt: skip
     return y, moments
 
 
@@ -250,6 +255,13 @@ def _in_gemm_dtype(flat: Tensor, *weights: Tensor | None) -> list[Any]:
     return [None if t is None else p.view(t.shape) for t, p in zip(weights, parts, strict=True)]
 
 
+def fold(
+    w_qkv: Tensor, gamma: Tensor, beta: Tensor, dtype: torch.dtype, attention: str
+) -> tuple[Tensor, ...]:
+    """For :func:`chained_block`; empty where no kernel takes it."""
+    return _rows("cuda", "cuda").fold(w_qkv, gamma, beta, dtype) if attention == "cuda" else ()
+
+
 def _project(
     x: Tensor,
     moments: Tensor | None,
@@ -258,6 +270,7 @@ def _project(
     beta: Tensor,
     w_qkv: Tensor,
     wc_qkv: Tensor,
+    folded: Sequence[Tensor],
     eps: float,
     dtype: torch.dtype,
     rows: Any,
@@ -275,7 +288,8 @@ def _project(
         xc = x
         if stats is None or x.dtype != dtype:
             xc, stats = rows.statistics(x, eps, dtype)
-        w = kernels.normed_projection(xc, stats, rows.fold(w_qkv, gamma, beta, dtype))
+        folded = folded or rows.fold(w_qkv, gamma, beta, dtype)
+        w = kernels.normed_projection(xc, stats, folded)
         return xc, None, w, stats
     xc, h, stats = rows.normalise(x, None, None, gamma, beta, eps, dtype)
     return xc, h, _linear(h, wc_qkv), stats
@@ -293,6 +307,7 @@ def _forward(
     weight: Tensor,
     moments: Tensor | None,
     gram: Tensor | None,
+    folded: list[Tensor],
     dtype: torch.dtype,
     heads: int,
     scale: float,
@@ -315,13 +330,14 @@ def _forward(
     def empty(dtype: torch.dtype = dtype) -> Tensor:
         return x.new_empty(0, dtype=dtype)
 
-    gram = gram if memory == "none" else None
+    if memory != "none":  # the weights may change before the next call
+        gram, folded = None, []
     makes_gram = gram is None and _are_rounded(weights, dtype)
     flat = rows.rounded(*weights, dtype) if makes_gram else empty()
     wc_qkv, wc_out, wc = _in_gemm_dtype(flat, *weights)
     means: Any = (dtype, rows, attention)
     norm1 = (norm1_weight, norm1_bias)
-    xc, h, w, stats1 = _project(x, moments, None, *norm1, w_qkv, wc_qkv, eps, *means)
+    xc, h, w, stats1 = _project(x, moments, None, *norm1, w_qkv, wc_qkv, folded, eps, *means)
     del h
     o, lse = _attention_kernels(attention).forward(w, heads, scale, causal)
     p = o if w_out is None else _linear(o, wc_out)
@@ -339,7 +355,7 @@ def _forward(
     if memory == "none":
         return y, moments, *(empty() for _ in range(11))
     if memory == "low":
-        w, z, u, stats2 = empty(), empty(), empty(), empty(stats2.dtype)
+        w, u = empty(), empty()
     xc = empty() if xc is given else xc
     return y, moments, xc, stats1, w, o, lse, z, u, stats2, flat, gram, mask
 
@@ -387,22 +403,19 @@ def _backward(
     wanted = dict(zip(("x", *PARAMETERS), wants, strict=True))
     wc_qkv, wc_out, wc = _in_gemm_dtype(flat, w_qkv, w_out, weight)
     h = dweight = dw_out = None
-    if low:
-        p = o if w_out is None else _linear(o, wc_out)
-        z, u, stats2 = rows.normalise(xc, p, b_out, norm2_weight, norm2_bias, eps, dtype)
-        del p
     if dictionary == "cuda" and precedes:
         g = dy.contiguous()
         du = ista.gradient_of_masked(g, gram)
     else:
         du, g = ista.input_gradient(dy, kept, gram)
-    dz, _, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
-        du, z, stats2, norm2_weight, norm2_bias, None, False, wanted["b_out"]
+    wants_u = wanted["weight"] and low
+    dz, u_again, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
+        du, z, stats2, norm2_weight, norm2_bias, None, wants_u, wanted["b_out"]
     )
     del du, z
     if wanted["weight"]:
-        dweight = ista.weight_gradient(u, g, weight, step_size, wc)
-    del u, g
+        dweight = ista.weight_gradient(u_again if low else u, g, weight, step_size, wc)
+    del u, u_again, g
     if w_out is not None and wanted["w_out"]:
         dw_out = sum_over_tokens(dz, o, w_out.dtype)
     kernels, sums = _attention_kernels(attention), {}
@@ -415,7 +428,7 @@ def _backward(
     if low:
         means: Any = (dtype, rows, attention)
         norm1 = (norm1_weight, norm1_bias)
-        _, h, w, _ = _project(xc, None, stats1, *norm1, w_qkv, wc_qkv, eps, *means)
+        _, h, w, _ = _project(xc, None, stats1, *norm1, w_qkv, wc_qkv, (), eps, *means)
     dw = kernels.backward(do, w, o, lse, heads, scale, causal, **sums)
     del do, w, sums
     dh = dw @ wc_qkv
@@ -442,7 +455,7 @@ def _backward(
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, _, w_qkv, w_out, _, _, _, weight = rest[:8]
-    _, _, dtype, heads, *_, precedes, memory, _, dictionary = rest[8:]
+    _, _, _, dtype, heads, *_, precedes, memory, _, dictionary = rest[8:]
     n_rows, d = x.shape[0] * x.shape[1], x.shape[2]
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -461,12 +474,9 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     weights = (w_qkv, w_out, weight)
     size = sum(t.numel() for t in weights if t is not None) if _are_rounded(weights, dtype) else 0
     end = new(size), new(*weight.shape), new(bits, dtype=torch.uint8)
-    stats = new(n_rows, 2, dtype=wide)
-    if memory == "low":
-        none = new(0), new(0), new(0, dtype=wide)
-        return y, moments, xc, stats, new(0), new(*inner), lse, *none, *end
-    kept = new(*x.shape), new(*x.shape), torch.empty_like(stats)
-    return y, moments, xc, stats, new(*inner), new(*inner), lse, *kept, *end
+    stats1, stats2 = (new(n_rows, 2, dtype=wide) for _ in range(2))
+    w, u = (new(0), new(0)) if memory == "low" else (new(*inner), new(*x.shape))
+    return y, moments, xc, stats1, w, new(*inner), lse, new(*x.shape), u, stats2, *end
 
 
 def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
@@ -481,7 +491,7 @@ def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *parameters = inputs[:9]
     y, _, xc, *kept, mask = output
-    ctx.x_dtype, ctx.options = x.dtype, (*inputs[12:17], *inputs[18:])  # all but lambd
+    ctx.x_dtype, ctx.options = x.dtype, (*inputs[13:18], *inputs[19:])  # all but lambd
     positive = mask if inputs[-1] == "cuda" else y
     # An empty xc stands for x itself.
     ctx.save_for_backward(x if xc.shape != x.shape else xc, *kept, positive, *parameters)
@@ -491,7 +501,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 23
+        return (None,) * 24
     wants = list(ctx.needs_input_grad[:9])
     found = torch.ops.crate_kernels.crate_block_backward(
         dy, *ctx.saved_tensors, wants, *ctx.options
@@ -499,16 +509,17 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
     gradients = [g if want else None for g, want in zip(found, wants, strict=True)]
     if gradients[0] is not None:
         gradients[0] = gradients[0].to(ctx.x_dtype)
-    return (*gradients, *(None for _ in range(14)))
+    return (*gradients, *(None for _ in range(15)))
 
 
 define(
     "crate_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor w_qkv, Tensor? w_out,"
     " Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias, Tensor weight, Tensor? moments,"
-    " Tensor? gram, ScalarType dtype, int heads, float scale, bool causal, float eps,"
-    " float step_size, float lambd, bool follows, bool precedes, str memory, str attention,"
-    " str dictionary) -> (Tensor y, Tensor y_moments, Tensor xc, Tensor stats1, Tensor w, Tensor o,"
-    " Tensor lse, Tensor z, Tensor u, Tensor stats2, Tensor flat, Tensor made_gram, Tensor mask)",
+    " Tensor? gram, Tensor[] folded, ScalarType dtype, int heads, float scale, bool causal,"
+    " float eps, float step_size, float lambd, bool follows, bool precedes, str memory,"
+    " str attention, str dictionary) -> (Tensor y, Tensor y_moments, Tensor xc, Tensor stats1,"
+    " Tensor w, Tensor o, Tensor lse, Tensor z, Tensor u, Tensor stats2, Tensor flat,"
+    " Tensor made_gram, Tensor mask)",
     _forward,
     _forward_fake,
 )

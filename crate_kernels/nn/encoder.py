@@ -161,11 +161,14 @@ def _run(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     norm1_weight, norm1_bias, w_qkv, w_out, *rest = _parameters(attn, ff)
-    gram = None
+    gram, heads = None, attn.fn.heads
+    folded: tuple[Tensor, ...] = ()
     if kept is not None:
-        constants = layer_constants(kept, i, x, w_qkv, w_out, ff.fn)
+        norm1 = (norm1_weight, norm1_bias)
+        constants = layer_constants(kept, i, x, norm1, w_qkv, w_out, ff.fn, heads)
         if constants is not None:
-            w_qkv, w_out, gram = constants.w_qkv, constants.w_out, constants.gram
+            w_qkv, w_out = constants.w_qkv, constants.w_out
+            gram, folded = constants.gram, constants.folded
     return chained_block(
         x,
         moments,
@@ -174,12 +177,13 @@ def _run(
         w_qkv,
         w_out,
         *rest,
-        heads=attn.fn.heads,
+        heads=heads,
         scale=attn.fn.scale,
         eps=attn.norm.eps,
         step_size=ff.fn.step_size,
         lambd=ff.fn.lambd,
         gram=gram,
+        folded=folded,
         **options,
     )
 

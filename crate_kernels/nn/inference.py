@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..block.op import fold
 from ..checks import refuse
 from ..ista.op import gram_matrix
 from ..library import autocast_dtype
@@ -19,10 +20,12 @@ Constants = dict[Any, "LayerConstants"]
 
 @dataclass(frozen=True)
 class LayerConstants:
-    """Of one layer, in the dtype of its GEMMs: the two projections, and G of its dictionary."""
+    """Of one layer, in the dtype of its GEMMs: the two projections, the first with its norm folded
+    into it where a kernel takes that, and G of its dictionary."""
 
     made_from: tuple[Any, ...]
     w_qkv: Tensor
+    folded: tuple[Tensor, ...]
     w_out: Tensor | None
     gram: Tensor
 
@@ -39,7 +42,7 @@ def prepare_for_inference(model: nn.Module) -> None:
     Weights that change in place (an optimizer, ``load_state_dict``) are noticed. Writes through
     ``.data``, and those of a CUDA graph, are not: call this again after them. A graph that was
     captured keeps the weights of its capture. Takes the memory of the weights once more, in the
-    dtype of the GEMMs.
+    dtype of the GEMMs, and of the first projection twice.
 
     Args:
         model: a module after :func:`crate_kernels.fuse`.
@@ -61,7 +64,14 @@ def prepare_for_inference(model: nn.Module) -> None:
 
 
 def layer_constants(
-    kept: Constants, layer: Any, x: Tensor, w_qkv: Tensor, w_out: Tensor | None, ff: Any
+    kept: Constants,
+    layer: Any,
+    x: Tensor,
+    norm1: tuple[Tensor, Tensor],
+    w_qkv: Tensor,
+    w_out: Tensor | None,
+    ff: Any,
+    heads: int,
 ) -> LayerConstants | None:
     """Those of ``layer`` for x, made where they are missing or their weights have changed.
 
@@ -70,7 +80,8 @@ def layer_constants(
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    dtype, weights = autocast_dtype(x), [t for t in (w_qkv, w_out, ff.weight) if t is not None]
+    dtype = autocast_dtype(x)
+    weights = [t for t in (*norm1, w_qkv, w_out, ff.weight) if t is not None]
     made_from = (ff.step_size, *((t.data_ptr(), _version(t)) for t in weights))
     found = kept.get((layer, dtype, x.device))
     if found is not None and found.made_from == made_from:
@@ -78,9 +89,11 @@ def layer_constants(
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     backend = backends.choose("ista", "auto", x, dtype, None)
+    attention = backends.choose("crate_block", "auto", x, dtype, w_qkv.shape[0] // heads)
     found = LayerConstants(
         made_from,
         w_qkv.detach().to(dtype),
+        fold(w_qkv.detach(), norm1[0].detach(), norm1[1].detach(), dtype, attention),
         None if w_out is None else w_out.detach().to(dtype),
         gram_matrix(ff.weight.detach(), ff.step_size, dtype, backend),
     )
