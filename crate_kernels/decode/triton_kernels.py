@@ -25,7 +25,7 @@ from ..triton_common import dot, dot_precision, early_start, multiprocessors, wa
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every score, and finite: the difference of two of them is 0, not NaN.
 LEAST = tl.constexpr(-1e38)
-# Programs for each multiprocessor that the context is split into, of one warp; so many run at once.
+# Programs (one warp) for each multiprocessor that the context is split into; what keeps it busy.
 PROGRAMS, AT_ONCE = 48, 12
 # Columns that the program of one new token has side by side: 16 bytes of bfloat16 for each lane.
 COLUMNS = 256

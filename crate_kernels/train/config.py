@@ -66,7 +66,7 @@ class Config:
     fuse: bool = _switch(True, "swap the published layers for this library's")
     memory: str = _option(
         "default",
-        "low keeps less for the backward pass, for two GEMMs more a layer",
+        "low keeps less for the backward pass, for a GEMM more a layer",
         choices=MEMORY,
     )
     compile: bool = _switch(False, "torch.compile the model")
