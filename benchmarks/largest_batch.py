@@ -1,6 +1,6 @@
 """The largest batch of a model that trains on this GPU, with each of the benchmarks' candidates.
 
-    python benchmarks/largest_batch.py --model crate_large
+    python -m benchmarks.largest_batch --model crate_large
 
 One training step is forward, backward and fused AdamW under bfloat16 autocast, as in ``python -m
 crate_kernels bench --suite model``. The peak memory of two small batches tells which batch should

@@ -1,7 +1,7 @@
 """Does fusing change what a model learns? Loss curves, fused and not, beside those of two seeds.
 
-    python benchmarks/loss_curves.py --out docs/results
-    python benchmarks/loss_curves.py --out curves --model crate_base --data imagenet
+    python -m benchmarks.loss_curves --out docs/results
+    python -m benchmarks.loss_curves --out curves --model crate_base --data imagenet
 
 Trains the same model on the same batches unfused, fused, and fused with memory="low", and unfused
 again from another seed. Rounding makes any two runs drift apart; the question is whether fusing

@@ -1,6 +1,6 @@
 """What a trace costs: forward passes of a fused model, bare and measured.
 
-python benchmarks/whitebox_overhead.py [--model crate_base] [--batch 256] [--samples 16]
+python -m benchmarks.whitebox_overhead [--model crate_base] [--batch 256] [--samples 16]
 
 The determinants are in it, as they fall due over INNER passes. Runs on the CPU too.
 """
