@@ -201,25 +201,54 @@ def test_moments_of_a_gemm_are_those_of_what_it_wrote(shape, dtype):
     )
 
 
+def apart(first, second, **options):
+    y, moments = chained_block(moments=None, **first, follows=False, precedes=False, **options)
+    assert moments.numel() == 0
+    return crate_block(y, **second, **options)
+
+
+def in_a_row(first, second, **options):
+    y, moments = chained_block(moments=None, **first, follows=False, precedes=True, **options)
+    # Where ISTA is by CUDA, by Triton where it is small.
+    assert (moments.numel() > 0) == (y.shape[0] > 3)
+    return chained_block(y, moments, **second, follows=True, precedes=False, **options)[0]
+
+
+def published(first, second, heads):
+    return published_block(published_block(**first, heads=heads), **second, heads=heads)
+
+
+def of_two_layers(run, parameters, dy, **options):
+    """The output and every gradient."""
+    leaves = [{k: t.clone().requires_grad_() for k, t in p.items()} for p in parameters]
+    y = run(*leaves, **options)
+    y.backward(dy.to(y.dtype))
+    grads = {f"{i}.d{k}": t.grad for i, p in enumerate(leaves) for k, t in p.items()}
+    return {"y": y.detach(), **grads}
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("memory", ["default", "low"])
-@pytest.mark.parametrize("batch", [3, 24])  # 24: the second layer takes the moments of the first
+@pytest.mark.parametrize("batch", [3, 16, 24])  # 24: the second layer takes the first one's moments
 def test_layers_in_a_row(batch, memory, dtype):
-    """The gradients are those without: dx is masked with the y that the first layer wrote."""
+    """dx is masked with the y that the first layer wrote: the gradients are those without."""
     first, second = (inputs_on_gpu((batch, 197, 12, 64, 768), dtype) for _ in range(2))
     second.pop("x")
-    found, options = [], {"heads": 12, "memory": memory}
-    for chained in (False, True):
-        leaves = [{k: t.clone().requires_grad_() for k, t in p.items()} for p in (first, second)]
-        one, two = {"follows": False, "precedes": chained}, {"follows": chained, "precedes": False}
-        y, moments = chained_block(moments=None, **leaves[0], **one, **options)
-        assert (moments.numel() > 0) == chained
-        y, _ = chained_block(y, moments, **leaves[1], **two, **options)
-        torch.manual_seed(0)
-        y.backward(torch.randn_like(y))
-        found.append({f"{i}.d{k}": t.grad for i, p in enumerate(leaves) for k, t in p.items()})
-    # Two kernels make g + g G^T: they may add in another order.
-    unit = torch.finfo(dtype).eps
-    for name, a in found[0].items():
-        apart = (found[1][name].double() - a.double()).norm() / a.double().norm()
-        assert apart < unit, (name, apart)
+    parameters, dy = (first, second), torch.randn_like(first["x"])
+    options = {"heads": 12, "memory": memory}
+    got = of_two_layers(in_a_row, parameters, dy, **options)
+    if batch < 24:
+        # Two kernels make g + g G^T: they may add in another order.
+        want = of_two_layers(apart, parameters, dy, **options)
+        for name, a in want.items():
+            difference = (got[name].double() - a.double()).norm() / a.double().norm()
+            assert difference < torch.finfo(dtype).eps, (name, difference)
+        return
+    # With statistics of y before it is rounded other values fall to the relu's other side, and
+    # a single one of them may be the largest error. Not so the mean square.
+    plain = of_two_layers(published, parameters, dy, heads=12)
+    wide = [{k: t.double() for k, t in p.items()} for p in parameters]
+    exact = of_two_layers(published, wide, dy, heads=12)
+    for name, a in exact.items():
+        error, of_plain = ((t[name].double() - a).norm() for t in (got, plain))
+        assert error <= 2 * of_plain, (name, error / of_plain)
