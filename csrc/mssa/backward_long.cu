@@ -201,6 +201,7 @@ void attention_backward_long(const AttentionBackward& args, cudaStream_t stream)
         int64_t width = (int64_t)args.heads * args.head_dim;
         int blocks = ceil_div(args.n, kTile) * args.batch * args.heads;
         auto stats = reinterpret_cast<RowStatistics*>(args.scratch);
+        // Not launched early: the kernel after them reads w and dO before it waits for them.
         if (args.delta) {
             attention_row_statistics_of<<<ceil_div(blocks, kTilesOfBlock), 32 * kTilesOfBlock, 0,
                                           stream>>>(stats, args.delta, args.lse, args.n, args.heads,
