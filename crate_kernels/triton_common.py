@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -57,18 +58,14 @@ def _for_tf32(x, PRECISION: tl.constexpr):
 
 def has_bulk_copy(t: Tensor) -> bool:
     """Whether the device of ``t`` moves tensor tiles by a copy engine (compute capability 9.0)."""
-    return t.is_cuda and torch.cuda.get_device_capability(t.device) >= (9, 0)
+    return t.is_cuda and _properties(t.device.index).major >= 9
 
 
-def can_start_early(t: Tensor) -> bool:
-    """Whether the device of ``t`` starts a kernel before the one ahead of it ends, if it asks to
-    (``launch_pdl``); such a kernel waits by ``gdc_wait`` before it touches memory."""
-    return t.is_cuda and torch.cuda.get_device_capability(t.device) >= (9, 0)
-
-
-def early_start(t: Tensor) -> dict[str, Any]:
-    """Launch options of a kernel that begins with ``wait_if_early(EARLY)``."""
-    return {"EARLY": True, "launch_pdl": True} if can_start_early(t) else {"EARLY": False}
+def early_start(t: Tensor, wanted: bool = True) -> dict[str, Any]:
+    """Launch options of a kernel that waits by ``wait_if_early(EARLY)`` before it touches memory:
+    where the device can (as has_bulk_copy), it starts before the kernel ahead of it ends."""
+    early = wanted and has_bulk_copy(t)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 @triton.jit
@@ -82,4 +79,10 @@ def multiprocessors(t: Tensor) -> int:
     """Of the device of ``t``; one for Triton's interpreter on the CPU."""
     if not t.is_cuda:
         return 1
-    return torch.cuda.get_device_properties(t.device).multi_processor_count
+    return _properties(t.device.index).multi_processor_count
+
+
+@functools.cache
+def _properties(device_index: int) -> Any:
+    """Asked for at every launch, and found once."""
+    return torch.cuda.get_device_properties(device_index)

@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from crate_kernels import triton_common
+
 
 @contextlib.contextmanager
 def builds_for(capability: tuple[int, int], threads: int = 2) -> Iterator[list[Any]]:
@@ -70,18 +72,21 @@ class _OnTheGPU(TorchFunctionMode):
         self.patches = contextlib.ExitStack()
         self.answers = {
             "current_device": None,  # also the device index of a meta tensor
-            "get_device_capability": capability,
-            "get_device_properties": SimpleNamespace(multi_processor_count=132),
+            "get_device_properties": SimpleNamespace(
+                major=capability[0], minor=capability[1], multi_processor_count=132
+            ),
         }
 
     def __enter__(self) -> Any:
         for name, answer in self.answers.items():
             self.patches.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
+        triton_common._properties.cache_clear()
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
         self.patches.close()
+        triton_common._properties.cache_clear()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

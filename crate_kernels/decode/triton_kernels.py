@@ -30,8 +30,8 @@ PROGRAMS, AT_ONCE = 48, 12
 # Columns that the program of one new token has side by side: 16 bytes of bfloat16 for each lane.
 COLUMNS = 256
 # Shorter parts are not worth their start and end (264 bytes of sums for 32 KB of rows), but where
-# multiprocessors would go without; then they are as short as four visits.
-LEAST_ROWS, LEAST_TO_FILL = 128, 32
+# multiprocessors would go without; then they are as short as four visits of a program.
+LEAST_ROWS, LEAST_VISITS = 128, 4
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def side_by_side(head_dim: int, heads: int) -> tuple[int, int]:
     return taken, pieces // taken
 
 
-def splits_for(programs: int, capacity: int, n_processors: int) -> int:
+def splits_for(programs: int, capacity: int, visit: int, n_processors: int) -> int:
     """Into how many parts to split the context where there are ``programs`` without."""
-    fills = min(AT_ONCE * n_processors // programs, triton.cdiv(capacity, LEAST_TO_FILL))
+    fills = min(AT_ONCE * n_processors // programs, triton.cdiv(capacity, LEAST_VISITS * visit))
     most = max(triton.cdiv(capacity, LEAST_ROWS), fills)
     return max(1, min(PROGRAMS * n_processors // programs, most))
 
@@ -242,17 +242,23 @@ def combine_kernel(
     wait_if_early(EARLY)
     row = tl.program_id(0).to(tl.int64)  # over (B, heads, T)
     b, h, t = row // n_new // heads, row // n_new % heads, row % n_new
-    splits = tl.arange(0, BLOCK_S)
     cols = tl.arange(0, BLOCK_D)
-    part = row * SPLITS + splits
-    m = tl.load(STATS + part * 2, mask=splits < SPLITS, other=float("-inf"))
-    total = tl.load(STATS + part * 2 + 1, mask=splits < SPLITS, other=0.0)
-    inside = (splits[:, None] < SPLITS) & (cols[None, :] < HEAD_DIM)
-    sums = tl.load(SUMS + part[:, None] * HEAD_DIM + cols[None, :], mask=inside, other=0.0)
-    weight = tl.exp2(m - tl.max(m, 0))
-    o = tl.sum(sums * weight[:, None], 0) / tl.sum(total * weight, 0)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    most, total = LEAST, 0.0
+    for first in range(0, SPLITS, BLOCK_S):
+        splits = first + tl.arange(0, BLOCK_S)
+        part = row * SPLITS + splits
+        m = tl.load(STATS + part * 2, mask=splits < SPLITS, other=float("-inf"))
+        totals = tl.load(STATS + part * 2 + 1, mask=splits < SPLITS, other=0.0)
+        inside = (splits[:, None] < SPLITS) & (cols[None, :] < HEAD_DIM)
+        sums = tl.load(SUMS + part[:, None] * HEAD_DIM + cols[None, :], mask=inside, other=0.0)
+        m_new = tl.maximum(most, tl.max(m, 0))
+        weight, shrink = tl.exp2(m - m_new), tl.exp2(most - m_new)
+        acc = acc * shrink + tl.sum(sums * weight[:, None], 0)
+        total = total * shrink + tl.sum(totals * weight, 0)
+        most = m_new
     length = tl.load(LENGTHS + b)
-    o = tl.where((length >= 0) & (length < capacity - t), o, float("nan"))
+    o = tl.where((length >= 0) & (length < capacity - t), acc / total, float("nan"))
     out = OUT + ((b * n_new + t) * heads + h) * HEAD_DIM + cols
     tl.store(out, o.to(OUT.dtype.element_ty), mask=cols < HEAD_DIM)
 
@@ -270,7 +276,7 @@ def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) 
     config = decode_config(w.dtype, head_dim, n_new, heads)
     taken, slots = side_by_side(head_dim, heads) if n_new == 1 else (1, 1)
     programs = batch * (heads // taken) * triton.cdiv(n_new, config.rows)
-    splits = splits_for(programs, capacity, multiprocessors(w))
+    splits = splits_for(programs, capacity, config.visit, multiprocessors(w))
     sums = stats = o  # not touched
     if splits > 1:
         parts = batch * heads * n_new * splits
@@ -293,9 +299,11 @@ def decode(w: Tensor, cache: Tensor, lengths: Tensor, heads: int, scale: float) 
                 **sizes, **options,
             )  # fmt: skip
         if splits > 1:
+            warps = 1 if splits <= 32 else 4
+            at_once = 64 * 32 * warps // sizes["BLOCK_D"]  # 64 elements a thread
             combine_kernel[(batch * heads * n_new,)](
                 sums, stats, lengths, o, capacity, n_new, heads,
-                BLOCK_S=triton.next_power_of_2(splits), num_warps=1 if splits <= 32 else 4,
+                BLOCK_S=min(at_once, triton.next_power_of_2(splits)), num_warps=warps,
                 **sizes, **early_start(w),
             )  # fmt: skip
     return o

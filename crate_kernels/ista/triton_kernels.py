@@ -18,11 +18,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..library import on_device_of, sum_over_tokens
-from ..triton_common import can_start_early, dot, dot_precision, has_bulk_copy, multiprocessors
+from ..triton_common import (
+    dot,
+    dot_precision,
+    early_start,
+    has_bulk_copy,
+    multiprocessors,
+    wait_if_early,
+)
 from . import torch_kernels
 
 
@@ -155,7 +162,7 @@ def gemm_kernel(
     """
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
+    wait_if_early(EARLY)
     if FLAGS > 0:
         flag = tl.arange(0, FLAGS)
         if tl.max(tl.load(CHANGED + flag, mask=flag < n_changed, other=0), 0) == 0:
@@ -306,8 +313,20 @@ def _weight_gradient_of(
     # float16 cannot hold a scaled M: its product runs in TF32.
     dtype = torch.float32 if c_dtype == torch.float16 else c_dtype
     both = torch.add(m, m.mT, out=torch.empty_like(m, dtype=dtype))
+    return _weight_gradient_of_sums(m, both, weight, step_size, c_dtype, wc)
+
+
+def _weight_gradient_of_sums(
+    m: Tensor,
+    both: Tensor,
+    weight: Tensor,
+    step_size: float,
+    c_dtype: torch.dtype,
+    wc: Tensor | None,
+) -> Tensor:
+    """The same where M + M^T is there, in the dtype of the product; wc is W in it, or of no use."""
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    wc = wc if wc is not None and wc.dtype == dtype else weight.to(dtype)
+    wc = wc if wc is not None and wc.dtype == both.dtype else weight.to(both.dtype)
     _gemm(
         m, wc, both, dw,
         beta=step_size, alpha=-step_size, precision=dot_precision(c_dtype),
@@ -370,7 +389,7 @@ def _gemm(
     )
     n_changed = 0 if changed is None else changed.numel()
     tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(d, config.block_n)
-    early = n_rows == d and can_start_early(a)  # short enough for it to matter
+    early = early_start(a, n_rows == d)  # those are short enough for it to matter
     grid = (min(tiles, 2 * multiprocessors(a)) if config.described else tiles,)
     with on_device_of(a):
         gemm_kernel[grid](
@@ -383,9 +402,8 @@ def _gemm(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             PARTS=config.parts, DESCRIBED=config.described,
             TRANSPOSE_A=transpose_a, TRANSPOSE_B=transpose_b,
-            PRECISION=precision or dot_precision(b.dtype), EARLY=early,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-            **({"launch_pdl": True} if early else {}),
+            PRECISION=precision or dot_precision(b.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages, **early,
         )  # fmt: skip
 
 

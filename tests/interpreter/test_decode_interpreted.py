@@ -115,6 +115,13 @@ def test_nan_and_inf_stay_in_their_item_and_head(bad, n_new, monkeypatch):
     assert o[0].isfinite().all() and o[1, :, 8:].isfinite().all() and o[2, :, :8].isfinite().all()
 
 
+@pytest.mark.parametrize("n_new", [1, 3])
+def test_more_parts_than_are_combined_at_once(n_new, monkeypatch):
+    """Eight at a time; where little or nothing is cached all but the last are empty, or most."""
+    with_parts(monkeypatch, 20)
+    check(n_new, 1, 256, 330, (0, 17, 325), scale=0.5)
+
+
 def test_a_score_far_above_the_rest(monkeypatch):
     """In the last row of a part, after sums that it makes vanish."""
     with_parts(monkeypatch, 2)
@@ -168,16 +175,21 @@ def test_opcheck(n_new):
 
 
 @pytest.mark.parametrize(
-    ("programs", "capacity", "splits"),
+    ("programs", "capacity", "visit", "splits"),
     [
-        (768, 4096, 8),
-        (192, 4096, 32),
-        (12, 4096, 128),  # shorter parts, so that no multiprocessor goes without
-        (12, 32, 1),
-        (12, 33, 2),
-        (10**6, 10**6, 1),
-        (1, 10**8, 6336),
+        (768, 4096, 8, 8),
+        (192, 4096, 8, 32),
+        (12, 4096, 8, 128),  # shorter parts, so that no multiprocessor goes without
+        (12, 32, 8, 1),
+        (12, 33, 8, 2),
+        (10**6, 10**6, 8, 1),
+        (1, 10**8, 8, 6336),
+        (12, 4096, 16, 64),
+        (12, 4096, 64, 32),  # four visits are more than the least there is otherwise
+        (12, 129, 64, 2),
     ],
 )
-def test_parts_fill_132_multiprocessors_and_are_no_shorter_than_needed(programs, capacity, splits):
-    assert triton_kernels.splits_for(programs, capacity, 132) == splits
+def test_parts_fill_132_multiprocessors_and_are_no_shorter_than_needed(
+    programs, capacity, visit, splits
+):
+    assert triton_kernels.splits_for(programs, capacity, visit, 132) == splits
