@@ -117,6 +117,28 @@ void bind_attention(py::module_& module) {
         py::arg("d"), py::arg("inner"), py::arg("dtype"), py::arg("stream"));
 
     module.def(
+        "residual_projection",
+        [](Pointer o, Pointer w_out, Pointer bias, Pointer x, Pointer z, Pointer moments,
+           int64_t rows, int d, int inner, const std::string& dtype, Pointer stream) {
+            const ResidualProjection args{
+                .o = at<const void>(o),
+                .w_out = at<const void>(w_out),
+                .bias = at<const float>(bias),
+                .x = at<const void>(x),
+                .z = at<void>(z),
+                .moments = at<float>(moments),
+                .rows = rows,
+                .d = d,
+                .inner = inner,
+                .dtype = dtype_named(dtype),
+            };
+            residual_projection(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("o"), py::arg("w_out"),
+        py::arg("bias"), py::arg("x"), py::arg("z"), py::arg("moments"), py::arg("rows"),
+        py::arg("d"), py::arg("inner"), py::arg("dtype"), py::arg("stream"));
+
+    module.def(
         "output_gradient",
         [](Pointer dy, Pointer w_out, Pointer o, Pointer grad_o, Pointer delta, int64_t rows, int d,
            int heads, const std::string& dtype, Pointer stream) {
@@ -168,6 +190,33 @@ void bind_ista(py::module_& module) {
         py::arg("gram"), py::arg("y"), py::arg("mask"), py::arg("moments"), py::arg("rows"),
         py::arg("d"), py::arg("threshold"), py::arg("dtype"), py::arg("x_dtype"),
         py::arg("stream"));
+
+    module.def(
+        "ista_normed_forward",
+        [](Pointer z, Pointer stats, Pointer weight, Pointer scales, Pointer sums, Pointer shift,
+           Pointer y, Pointer mask, Pointer moments, int64_t rows, int d, float threshold,
+           const std::string& dtype, Pointer stream) {
+            const IstaNormedForward args{
+                .z = at<const void>(z),
+                .stats = at<const float>(stats),
+                .weight = at<const void>(weight),
+                .scales = at<const float>(scales),
+                .sums = at<const float>(sums),
+                .shift = at<const float>(shift),
+                .y = at<void>(y),
+                .mask = at<void>(mask),
+                .moments = at<float>(moments),
+                .rows = rows,
+                .d = d,
+                .threshold = threshold,
+                .dtype = dtype_named(dtype),
+            };
+            ista_normed_forward(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("z"), py::arg("stats"),
+        py::arg("weight"), py::arg("scales"), py::arg("sums"), py::arg("shift"), py::arg("y"),
+        py::arg("mask"), py::arg("moments"), py::arg("rows"), py::arg("d"), py::arg("threshold"),
+        py::arg("dtype"), py::arg("stream"));
 
     module.def(
         "ista_backward",

@@ -40,6 +40,20 @@ struct NormedProjection {
 };
 void normed_projection(const NormedProjection& args, cudaStream_t stream);
 
+// z = x + o V^T + b, and the moments of its rows, as IstaForward has them. d a multiple of 64.
+struct ResidualProjection {
+    const void* o;      // (rows, inner), float16 or bfloat16
+    const void* w_out;  // V: (d, inner), as o
+    const float* bias;  // b: (d), or null
+    const void* x;      // (rows, d), as o
+    void* z;            // as x
+    float* moments;     // (d / 64, rows, 2), or null
+    int64_t rows;
+    int d, inner;
+    Dtype dtype;
+};
+void residual_projection(const ResidualProjection& args, cudaStream_t stream);
+
 // dO = dy V, and delta = rowsum(dO * O) of each head: what comes before attention_backward where o
 // was projected by V. head_dim is 64; rows are contiguous, pointers multiples of 16 bytes.
 struct OutputGradient {
@@ -96,6 +110,27 @@ struct IstaForward {
 };
 void ista_forward(const IstaForward& args, cudaStream_t stream);
 int64_t ista_mask_bytes(int64_t rows, int d);
+
+// The same of x = LN(z), whose rows are not written:
+//     x + x G = rstd e (z B - mean s) + f,  B = diag(gamma) (I + G) diag(1 / e),  f = beta (I + G)
+// with s the column sums of B; e is free, such that the diagonal of B is exact. d is a multiple of
+// 64.
+struct IstaNormedForward {
+    const void* z;        // (rows, d), dtype
+    const float* stats;   // (rows, 2): mean and rstd of each row
+    const void* weight;   // B: (d, d), dtype
+    const float* scales;  // e: (d)
+    const float* sums;    // s: (d)
+    const float* shift;   // f: (d)
+    void* y;              // (rows, d), dtype
+    void* mask;           // as of IstaForward, or null
+    float* moments;       // as of IstaForward, or null
+    int64_t rows;
+    int d;
+    float threshold;
+    Dtype dtype;
+};
+void ista_normed_forward(const IstaNormedForward& args, cudaStream_t stream);
 
 // g = dy where the mask has ones, else 0; dx = g + g G^T. Without a mask dy is g, of dtype.
 struct IstaBackward {

@@ -359,6 +359,22 @@ Values add_product(Values c, int m, int n, int k, const A& a, const B& b, const 
     return c;
 }
 
+// Of each 64 elements of a row: their sum, and the sum of (element - their mean)^2.
+Values moments_of(const Values& t, int d) {
+    size_t rows = t.size() / d;
+    Values found(size_t(d) / 64 * rows * 2);
+    for (size_t i = 0; i < rows; ++i) {
+        for (int j = 0; j < d; j += 64) {
+            double sum = 0, square = 0;
+            for (int k = j; k < j + 64; ++k) sum += t[i * d + k];
+            for (int k = j; k < j + 64; ++k) square += std::pow(t[i * d + k] - sum / 64, 2);
+            found[(size_t(j / 64) * rows + i) * 2] = sum;
+            found[(size_t(j / 64) * rows + i) * 2 + 1] = square;
+        }
+    }
+    return found;
+}
+
 bool test_ista(const IstaCase& c) {
     std::mt19937 generator(c.rows);
     const int rows = c.rows, d = c.d;
@@ -472,24 +488,9 @@ bool test_ista(const IstaCase& c) {
     passed &= close_enough(c.name() + ", m + m^T", from_bytes(both_out, both_dtype),
                            rounded(want_both, round_both), want_both, 3, 0x1p-19);
     if (has_moments) {
-        auto moments_of = [&](const Values& t) {
-            Values found(size_t(d) / 64 * rows * 2);
-            for (int i = 0; i < rows; ++i) {
-                for (int j = 0; j < d; j += 64) {
-                    double sum = 0, square = 0;
-                    for (int k = j; k < j + 64; ++k) sum += t[size_t(i) * d + k];
-                    for (int k = j; k < j + 64; ++k) {
-                        square += std::pow(t[size_t(i) * d + k] - sum / 64, 2);
-                    }
-                    found[(size_t(j / 64) * rows + i) * 2] = sum;
-                    found[(size_t(j / 64) * rows + i) * 2 + 1] = square;
-                }
-            }
-            return found;
-        };
         passed &= close_enough(c.name() + ", moments", from_bytes(moments_bytes, Dtype::kFloat32),
-                               moments_of(forward(to_dtype, to_x)),
-                               moments_of(forward(exact, exact)), 2, 0x1p-19);
+                               moments_of(forward(to_dtype, to_x), d),
+                               moments_of(forward(exact, exact), d), 2, 0x1p-19);
     }
     bool same_g = from_bytes(g_out, c.dtype) == masked && g_alone.on_host() == g_out;
     if (!same_g) std::printf("FAILED %s: g\n", c.name().c_str());
@@ -553,29 +554,57 @@ bool test_output_gradient(Dtype dtype, int rows, int d, int heads) {
     return passed;
 }
 
+// Rows with a mean, and a weight (n, d) for what LN makes of them.
+struct NormedCase {
+    int rows, d, n;
+    Round round;
+    Values x, weight;
+    std::vector<float> stats, sums, shift;
+
+    NormedCase(Dtype dtype, int rows, int d, int n)
+        : rows(rows),
+          d(d),
+          n(n),
+          round(rounding_to(dtype)),
+          stats(2 * size_t(rows)),
+          sums(n),
+          shift(n) {
+        std::mt19937 generator(rows);
+        x = random_values(size_t(rows) * d, dtype, generator);
+        weight = random_values(size_t(n) * d, dtype, generator);
+        for (double& value : x) value = round(value + 0.5);
+        for (int i = 0; i < rows; ++i) {
+            double mean = 0, square = 1e-5;
+            for (int k = 0; k < d; ++k) mean += x[size_t(i) * d + k] / d;
+            for (int k = 0; k < d; ++k) square += std::pow(x[size_t(i) * d + k] - mean, 2) / d;
+            stats[2 * i] = mean, stats[2 * i + 1] = 1 / std::sqrt(square);
+        }
+        for (int j = 0; j < n; ++j) {
+            double sum = 0;
+            for (int k = 0; k < d; ++k) sum += weight[size_t(j) * d + k];
+            sums[j] = sum, shift[j] = weight[size_t(j) * d];
+        }
+    }
+    // scales LN(x) weight^T + shift, with LN(x) rounded by `to`
+    Values product(const Round& to, const std::vector<float>& scales) const {
+        Values shifts(size_t(rows) * n);
+        for (size_t i = 0; i < shifts.size(); ++i) shifts[i] = shift[i % n];
+        return add_product(
+            shifts, rows, n, d,
+            [&](int i, int k) {
+                return to((x[size_t(i) * d + k] - stats[2 * i]) * stats[2 * i + 1]);
+            },
+            [&](int k, int j) { return scales[j] * weight[size_t(j) * d + k]; }, exact);
+    }
+};
+
 bool test_normed_projection(Dtype dtype, int rows, int d, int inner) {
-    std::mt19937 generator(rows);
+    NormedCase c(dtype, rows, d, inner);
     std::string name = std::string("normed projection ") + name_of(dtype) + " " +
                        std::to_string(rows) + " x " + std::to_string(d) + " x " +
                        std::to_string(inner);
-    Round round = rounding_to(dtype);
-    Values x = random_values(size_t(rows) * d, dtype, generator);
-    Values weight = random_values(size_t(inner) * d, dtype, generator);
-    for (double& value : x) value = round(value + 0.5);  // a mean
-    std::vector<float> stats(2 * size_t(rows)), sums(inner), shift(inner);
-    for (int i = 0; i < rows; ++i) {
-        double mean = 0, square = 1e-5;
-        for (int k = 0; k < d; ++k) mean += x[size_t(i) * d + k] / d;
-        for (int k = 0; k < d; ++k) square += std::pow(x[size_t(i) * d + k] - mean, 2) / d;
-        stats[2 * i] = mean, stats[2 * i + 1] = 1 / std::sqrt(square);
-    }
-    for (int j = 0; j < inner; ++j) {
-        double sum = 0;
-        for (int k = 0; k < d; ++k) sum += weight[size_t(j) * d + k];
-        sums[j] = sum, shift[j] = weight[size_t(j) * d];
-    }
-    DeviceArray x_in(to_bytes(x, dtype)), weight_in(to_bytes(weight, dtype));
-    DeviceArray stats_in(stats), sums_in(sums), shift_in(shift);
+    DeviceArray x_in(to_bytes(c.x, dtype)), weight_in(to_bytes(c.weight, dtype));
+    DeviceArray stats_in(c.stats), sums_in(c.sums), shift_in(c.shift);
     DeviceArray<unsigned char> w(size_t(rows) * inner * 2);
     Bytes w_of[2];
     for (Bytes& result : w_of) {
@@ -596,20 +625,131 @@ bool test_normed_projection(Dtype dtype, int rows, int d, int inner) {
     }
     bool passed = w_of[0] == w_of[1];
     if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
-    auto normed = [&](const Round& to) {
-        Values shifts(size_t(rows) * inner);
-        for (size_t i = 0; i < shifts.size(); ++i) shifts[i] = shift[i % inner];
-        Values sum = add_product(
-            shifts, rows, inner, d,
-            [&](int i, int k) {
-                return to((x[size_t(i) * d + k] - stats[2 * i]) * stats[2 * i + 1]);
-            },
-            [&](int k, int j) { return weight[size_t(j) * d + k]; }, exact);
-        for (double& value : sum) value = to(value);
+    std::vector<float> ones(inner, 1.0f);
+    Values plain = c.product(c.round, ones);
+    for (double& value : plain) value = c.round(value);
+    return passed & close_enough(name + ", w", from_bytes(w_of[0], dtype), plain,
+                                 c.product(exact, ones), 2, unit_of(dtype));
+}
+
+bool test_normed_ista(Dtype dtype, int rows, int d) {
+    const double threshold = 0.25;
+    NormedCase c(dtype, rows, d, d);
+    std::string name = std::string("normed ISTA ") + name_of(dtype) + " " + std::to_string(rows) +
+                       " x " + std::to_string(d);
+    std::mt19937 generator(d);
+    Values dy = random_values(size_t(rows) * d, dtype, generator), across(size_t(d) * d);
+    std::vector<float> scales(d);
+    for (int j = 0; j < d; ++j) {
+        scales[j] = 1 + float(j) / 256 / d;
+        for (int k = 0; k < d; ++k) across[size_t(k) * d + j] = c.weight[size_t(j) * d + k];
+    }
+    DeviceArray z_in(to_bytes(c.x, dtype)), weight_in(to_bytes(across, dtype)),
+        dy_in(to_bytes(dy, dtype));
+    DeviceArray stats_in(c.stats), scales_in(scales), sums_in(c.sums), shift_in(c.shift);
+    DeviceArray<unsigned char> y(z_in.size()), g(z_in.size()), mask(ista_mask_bytes(rows, d));
+    DeviceArray<float> moments(size_t(d) / 64 * rows * 2);
+    Bytes y_of[2], g_of[2];
+    std::vector<float> moments_found[2];
+    for (int run = 0; run < 2; ++run) {
+        y.poison(), mask.poison(), moments.poison(), g.poison();
+        ista_normed_forward({.z = z_in.data(),
+                             .stats = stats_in.data(),
+                             .weight = weight_in.data(),
+                             .scales = scales_in.data(),
+                             .sums = sums_in.data(),
+                             .shift = shift_in.data(),
+                             .y = y.data(),
+                             .mask = mask.data(),
+                             .moments = moments.data(),
+                             .rows = rows,
+                             .d = d,
+                             .threshold = float(threshold),
+                             .dtype = dtype},
+                            nullptr);
+        ista_backward({.dy = dy_in.data(),
+                       .mask = mask.data(),
+                       .gram = weight_in.data(),
+                       .g = g.data(),
+                       .dx = nullptr,
+                       .rows = rows,
+                       .d = d,
+                       .dtype = dtype,
+                       .x_dtype = dtype},
+                      nullptr);
+        check(cudaDeviceSynchronize());
+        y_of[run] = y.on_host(), g_of[run] = g.on_host(), moments_found[run] = moments.on_host();
+    }
+    bool passed = y_of[0] == y_of[1] && g_of[0] == g_of[1] && moments_found[0] == moments_found[1];
+    if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
+    Values got = from_bytes(y_of[0], dtype), masked = dy;
+    for (size_t i = 0; i < masked.size(); ++i) masked[i] = got[i] == 0 ? 0 : dy[i];
+    bool same_g = from_bytes(g_of[0], dtype) == masked;
+    if (!same_g) std::printf("FAILED %s: mask\n", name.c_str());
+    auto forward = [&](const Round& to) {
+        Values sum = c.product(to, scales);
+        for (double& value : sum) value = std::max(to(value - threshold), 0.0);
         return sum;
     };
-    return passed & close_enough(name + ", w", from_bytes(w_of[0], dtype), normed(round),
-                                 normed(exact), 2, unit_of(dtype));
+    Values plain = forward(c.round), want = forward(exact);
+    Values moments_got(moments_found[0].begin(), moments_found[0].end());
+    passed &= close_enough(name + ", y", got, plain, want, 2, unit_of(dtype));
+    passed &= close_enough(name + ", moments", moments_got, moments_of(plain, d),
+                           moments_of(want, d), 2, 0x1p-19);
+    return passed && same_g;
+}
+
+bool test_residual_projection(Dtype dtype, int rows, int d, int inner, bool has_bias) {
+    std::mt19937 generator(rows);
+    std::string name = std::string("residual projection ") + name_of(dtype) + " " +
+                       std::to_string(rows) + " x " + std::to_string(d) + " x " +
+                       std::to_string(inner);
+    Round round = rounding_to(dtype);
+    Values o = random_values(size_t(rows) * inner, dtype, generator);
+    Values w_out = random_values(size_t(d) * inner, dtype, generator);
+    Values x = random_values(size_t(rows) * d, dtype, generator);
+    Values random = random_values(d, Dtype::kFloat16, generator);
+    std::vector<float> bias(random.begin(), random.end());
+    DeviceArray o_in(to_bytes(o, dtype)), w_out_in(to_bytes(w_out, dtype)),
+        x_in(to_bytes(x, dtype));
+    DeviceArray bias_in(bias);
+    DeviceArray<unsigned char> z(x_in.size());
+    DeviceArray<float> moments(size_t(d) / 64 * rows * 2);
+    Bytes z_of[2];
+    std::vector<float> moments_found[2];
+    for (int run = 0; run < 2; ++run) {
+        z.poison(), moments.poison();
+        residual_projection({.o = o_in.data(),
+                             .w_out = w_out_in.data(),
+                             .bias = has_bias ? bias_in.data() : nullptr,
+                             .x = x_in.data(),
+                             .z = z.data(),
+                             .moments = moments.data(),
+                             .rows = rows,
+                             .d = d,
+                             .inner = inner,
+                             .dtype = dtype},
+                            nullptr);
+        check(cudaDeviceSynchronize());
+        z_of[run] = z.on_host(), moments_found[run] = moments.on_host();
+    }
+    bool passed = z_of[0] == z_of[1] && moments_found[0] == moments_found[1];
+    if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
+    auto sum = [&](const Round& to) {
+        Values added = x;
+        for (size_t i = 0; i < added.size(); ++i) added[i] += has_bias ? bias[i % d] : 0;
+        added = add_product(
+            added, rows, d, inner, [&](int i, int k) { return o[size_t(i) * inner + k]; },
+            [&](int k, int j) { return w_out[size_t(j) * inner + k]; }, to);
+        for (double& value : added) value = to(value);
+        return added;
+    };
+    Values plain = sum(round), want = sum(exact);
+    Values moments_got(moments_found[0].begin(), moments_found[0].end());
+    passed &=
+        close_enough(name + ", z", from_bytes(z_of[0], dtype), plain, want, 2, unit_of(dtype));
+    return passed & close_enough(name + ", moments", moments_got, moments_of(plain, d),
+                                 moments_of(want, d), 2, 0x1p-19);
 }
 
 bool test_normed_projection_everywhere() {
@@ -621,6 +761,30 @@ bool test_normed_projection_everywhere() {
                                       {1, 8, 256},
                                       {700, 384, 384}}) {
             passed &= test_normed_projection(dtype, rows, d, inner);
+        }
+    }
+    return passed;
+}
+
+bool test_normed_ista_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (auto [rows, d] : {std::pair{40000, 64}, {333, 128}, {1, 192}, {700, 384}}) {
+            passed &= test_normed_ista(dtype, rows, d);
+        }
+    }
+    return passed;
+}
+
+bool test_residual_projection_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (auto [rows, d, inner] : {std::array{40000, 64, 64},
+                                      {333, 128, 144},
+                                      {129, 192, 80},
+                                      {1, 64, 8},
+                                      {700, 384, 384}}) {
+            passed &= test_residual_projection(dtype, rows, d, inner, rows != 129);
         }
     }
     return passed;
@@ -664,8 +828,10 @@ int main() {
         // One test per op.
         bool passed = test_attention_everywhere();
         passed &= test_normed_projection_everywhere();
+        passed &= test_residual_projection_everywhere();
         passed &= test_output_gradient_everywhere();
         passed &= test_ista_everywhere();
+        passed &= test_normed_ista_everywhere();
         return passed ? 0 : 1;
     } catch (const std::exception& error) {
         std::printf("FAILED: %s\n", error.what());

@@ -327,6 +327,13 @@ def block_inputs(
     return inputs
 
 
+# What chained_block asks for and crate_block has as defaults.
+OF_A_CHAIN: Mapping[str, Any] = {
+    "scale": None, "causal": False, "eps": 1e-5, "step_size": 0.1, "lambd": 0.1,
+    "memory": "default", "gram": None, "backend": "auto",
+}  # fmt: skip
+
+
 def off_the_blocks_kink(dy: Tensor, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
     """``dy`` without its entries where rounding may decide whether the block's relu passes them."""
     exact = {name: t.double() for name, t in inputs.items()}

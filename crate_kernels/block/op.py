@@ -5,8 +5,8 @@ The passes in order, with what each reads and writes of (rows, D) tensors betwee
     forward   x -> h | w = h U^T | o = attention(w) | p = o V^T | x, p -> z, u | y = ISTA(u)
     backward  du = ISTA'(dy) | du, z -> dz | do = dz V | dw = attention'(do) | dh = dw U
               | dh, x, dz -> dx, h | and the weights' gradients from u, o and h
-Where a GEMM norms its products instead of its rows, the first pass only reads x and h is not there;
-nor is that pass, where the layer before says what it has to know of x (chained_block).
+Where the GEMMs norm their products instead of their rows there is no pass and neither h nor u: the
+forward is x -> w -> o -> z -> y, if the layer before says what is to know of x (chained_block).
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def crate_block(
         weight, step_size, lambd: of :func:`crate_kernels.ista`.
         eps: of both norms, > 0.
         memory: what is kept for the backward pass, in tensors of B*N*D elements. "default": x,
-            w, o, z and u (five; the normed h is made again). "low": x, o and z (three; w and u
-            are made again too, w by one more GEMM). x is the y of the layer before, kept once.
+            w, o and z (four; the normed h and u are made again). "low": x, o and z (three; w is
+            made again too, by one more GEMM). x is the y of the layer before, kept once.
         gram: G = eta (W - W^T W) of ``weight``, (D, D) in the GEMMs' dtype, if it is there already.
             Used where no gradient is wanted; without it G is kept as :func:`crate_kernels.ista`
             keeps it.
@@ -105,43 +105,33 @@ def crate_block(
 def chained_block(
     x: Tensor,
     moments: Tensor | None,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    w_qkv: Tensor,
-    w_out: Tensor | None,
-    b_out: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    weight: Tensor,
-    *,
+    *parameters: Tensor | None,
     follows: bool,
     precedes: bool,
     heads: int,
-    scale: float | None = None,
-    causal: bool = False,
-    eps: float = 1e-5,
-    step_size: float = 0.1,
-    lambd: float = 0.1,
-    memory: str = "default",
-    gram: Tensor | None = None,
+    scale: float | None,
+    causal: bool,
+    eps: float,
+    step_size: float,
+    lambd: float,
+    memory: str,
+    gram: Tensor | None,
+    backend: str,
     folded: Sequence[Tensor] = (),
-    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`crate_block` in a row of them, where the y of one is the x of the next and goes
     nowhere else: y, and its moments (or an empty tensor), which the next one takes with it.
 
     Args:
         moments: those that came with x; None or empty where there are none.
+        parameters: those of PARAMETERS, in order.
         follows, precedes: whether x is the y of such a layer, and whether y is the x of one. ISTA
             passes no gradient where y = 0: a layer that follows returns its dx with zeros there
             already, so that the one that precedes it need not mask its dy. The gradients are wrong
             if two layers are not told the same of what is between them.
-        folded: what ``fold`` (block/triton_kernels.py) makes of w_qkv and the first norm, if it is
-            there already; used as gram is.
+        folded: what :func:`fold` makes of the weights and the norms, if it is there already; used
+            as gram is.
     """
-    parameters = (
-        norm1_weight, norm1_bias, w_qkv, w_out, b_out, norm2_weight, norm2_bias, weight
-    )  # fmt: skip
     _check_block(x, parameters, heads)
     _check_options("crate_block", scale, causal)
     check_number("crate_block", "eps", eps, above_zero=True)
@@ -149,7 +139,9 @@ def chained_block(
     check_number("crate_block", "lambd", lambd)
     if memory not in MEMORY:
         refuse("crate_block", f"memory to be one of {MEMORY}", repr(memory))
-    dtype, head_dim = autocast_dtype(x), w_qkv.shape[0] // heads
+    given: Any = dict(zip(PARAMETERS, parameters, strict=True))
+    weight: Tensor = given["weight"]
+    dtype, head_dim = autocast_dtype(x), given["w_qkv"].shape[0] // heads
     attention = backends.choose("crate_block", backend, x, dtype, head_dim)
     dictionary = backends.choose("ista", backend, x, dtype, None)
     scale = head_dim**-0.5 if scale is None else float(scale)
@@ -256,18 +248,25 @@ def _in_gemm_dtype(flat: Tensor, *weights: Tensor | None) -> list[Any]:
 
 
 def fold(
-    w_qkv: Tensor, gamma: Tensor, beta: Tensor, dtype: torch.dtype, attention: str
+    norm1: tuple[Tensor, Tensor],
+    w_qkv: Tensor,
+    norm2: tuple[Tensor, Tensor],
+    gram: Tensor,
+    attention: str,
 ) -> tuple[Tensor, ...]:
-    """For :func:`chained_block`; empty where no kernel takes it."""
-    return _rows("cuda", "cuda").fold(w_qkv, gamma, beta, dtype) if attention == "cuda" else ()
+    """What the GEMMs that norm their products take in place of w_qkv and G, for
+    :func:`chained_block`; empty where no kernel does."""
+    if attention != "cuda":
+        return ()
+    rows = _rows(attention, attention)
+    return *rows.fold(w_qkv, *norm1, gram.dtype), *rows.fold_gram(gram, *norm2)
 
 
 def _project(
     x: Tensor,
     moments: Tensor | None,
     stats: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
+    norm: tuple[Tensor, Tensor],
     w_qkv: Tensor,
     wc_qkv: Tensor,
     folded: Sequence[Tensor],
@@ -282,17 +281,24 @@ def _project(
     """
     d = x.shape[-1]
     kernels = _attention_kernels(attention)
-    if attention == "cuda" and kernels.takes_rows(x.numel() // d, w_qkv.shape[0], d):
-        if stats is None and moments is not None and moments.numel() > 0:
-            stats = rows.statistics_of_moments(moments, eps)
-        xc = x
-        if stats is None or x.dtype != dtype:
-            xc, stats = rows.statistics(x, eps, dtype)
-        folded = folded or rows.fold(w_qkv, gamma, beta, dtype)
-        w = kernels.normed_projection(xc, stats, folded)
-        return xc, None, w, stats
-    xc, h, stats = rows.normalise(x, None, None, gamma, beta, eps, dtype)
-    return xc, h, _linear(h, wc_qkv), stats
+    if attention != "cuda" or not kernels.takes_rows(x.numel() // d, w_qkv.shape[0], d):
+        xc, h, stats = rows.normalise(x, None, None, *norm, eps, dtype)
+        return xc, h, _linear(h, wc_qkv), stats
+    xc = x
+    if stats is None and moments is not None and moments.numel() > 0 and x.dtype == dtype:
+        stats = rows.statistics_of_moments(moments, eps)
+    if stats is None:
+        xc, stats = rows.statistics(x, eps, dtype)
+    folded = folded or rows.fold(w_qkv, *norm, dtype)
+    return xc, None, kernels.normed_projection(xc, stats, folded), stats
+
+
+def _norms_products(
+    x: Tensor, w_out: Tensor | None, dtype: torch.dtype, attention: str, dictionary: str
+) -> bool:
+    """Whether y = ISTA(LN(z)) is made of z and its moments, without the rows of u."""
+    by_cuda = attention == dictionary == "cuda" and w_out is not None
+    return by_cuda and x.dtype == dtype and x.shape[-1] % 64 == 0
 
 
 def _forward(
@@ -321,8 +327,8 @@ def _forward(
     attention: str,
     dictionary: str,
 ) -> tuple[Tensor, ...]:
-    """y and its moments, then what the backward pass needs: xc, stats1, w, o, lse, z, u, stats2,
-    the weights in ``dtype``, G, and y > 0."""
+    """y and its moments, then what the backward pass needs: xc, stats1, w, o, lse, z, stats2, the
+    weights in ``dtype``, G, and y > 0."""
     rows, ista = _rows(attention, dictionary), _ista_kernels(dictionary)
     given, x = x, x.contiguous()
     weights = (w_qkv, w_out, weight)
@@ -335,29 +341,40 @@ def _forward(
     makes_gram = gram is None and _are_rounded(weights, dtype)
     flat = rows.rounded(*weights, dtype) if makes_gram else empty()
     wc_qkv, wc_out, wc = _in_gemm_dtype(flat, *weights)
-    means: Any = (dtype, rows, attention)
-    norm1 = (norm1_weight, norm1_bias)
-    xc, h, w, stats1 = _project(x, moments, None, *norm1, w_qkv, wc_qkv, folded, eps, *means)
+    norm1, norm2 = (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
+    xc, h, w, stats1 = _project(
+        x, moments, None, norm1, w_qkv, wc_qkv, folded[:3], eps, dtype, rows, attention
+    )
     del h
-    o, lse = _attention_kernels(attention).forward(w, heads, scale, causal)
-    p = o if w_out is None else _linear(o, wc_out)
-    z, u, stats2 = rows.normalise(x, p, b_out, norm2_weight, norm2_bias, eps, dtype)
-    del p
+    kernels = _attention_kernels(attention)
+    o, lse = kernels.forward(w, heads, scale, causal)
+    if memory != "default":
+        w = empty()
     gram = ista.make_gram(weight, step_size, dtype, wc) if gram is None else gram
     threshold = step_size * lambd
-    mask, moments = empty(torch.uint8), empty(torch.float32)
-    if dictionary == "cuda" and precedes:
-        y, moments = ista.apply_gram_and_moments(u, gram, threshold)
-    elif dictionary == "cuda" and memory != "none":
-        y, mask = ista.apply_gram_and_mask(u, u, gram, threshold)
+    wants_mask = dictionary == "cuda" and memory != "none" and not precedes
+    if _norms_products(x, w_out, dtype, attention, dictionary):
+        z, moments = kernels.residual_projection(o, x, wc_out, b_out)
+        stats2 = rows.statistics_of_moments(moments, eps)
+        normed = folded[3:] or rows.fold_gram(gram, *norm2)
+        y, mask, moments = ista.apply_normed(z, stats2, normed, threshold, wants_mask, precedes)
     else:
-        y = ista.apply_gram(u, u, gram, threshold)
+        p = o if w_out is None else _linear(o, wc_out)
+        z, u, stats2 = rows.normalise(x, p, b_out, *norm2, eps, dtype)
+        del p
+        mask = moments = None
+        if wants_mask:
+            y, mask = ista.apply_gram_and_mask(u, u, gram, threshold)
+        elif dictionary == "cuda" and precedes:
+            y, moments = ista.apply_gram_and_moments(u, gram, threshold)
+        else:
+            y = ista.apply_gram(u, u, gram, threshold)
+    mask = empty(torch.uint8) if mask is None else mask
+    moments = empty(torch.float32) if moments is None else moments
     if memory == "none":
-        return y, moments, *(empty() for _ in range(11))
-    if memory == "low":
-        w, u = empty(), empty()
+        return y, moments, *(empty() for _ in range(10))
     xc = empty() if xc is given else xc
-    return y, moments, xc, stats1, w, o, lse, z, u, stats2, flat, gram, mask
+    return y, moments, xc, stats1, w, o, lse, z, stats2, flat, gram, mask
 
 
 def _are_rounded(weights: tuple[Tensor | None, ...], dtype: torch.dtype) -> bool:
@@ -372,7 +389,6 @@ def _backward(
     o: Tensor,
     lse: Tensor,
     z: Tensor,
-    u: Tensor,
     stats2: Tensor,
     flat: Tensor,
     gram: Tensor,
@@ -399,7 +415,6 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x and of the parameters, in order; empty where not wanted."""
     rows, ista = _rows(attention, dictionary), _ista_kernels(dictionary)
-    dtype, low = xc.dtype, memory == "low"
     wanted = dict(zip(("x", *PARAMETERS), wants, strict=True))
     wc_qkv, wc_out, wc = _in_gemm_dtype(flat, w_qkv, w_out, weight)
     h = dweight = dw_out = None
@@ -408,14 +423,13 @@ def _backward(
         du = ista.gradient_of_masked(g, gram)
     else:
         du, g = ista.input_gradient(dy, kept, gram)
-    wants_u = wanted["weight"] and low
-    dz, u_again, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
-        du, z, stats2, norm2_weight, norm2_bias, None, wants_u, wanted["b_out"]
+    dz, u, dnorm2_weight, dnorm2_bias, db_out = rows.normalise_backward(
+        du, z, stats2, norm2_weight, norm2_bias, None, wanted["weight"], wanted["b_out"]
     )
     del du, z
     if wanted["weight"]:
-        dweight = ista.weight_gradient(u_again if low else u, g, weight, step_size, wc)
-    del u, u_again, g
+        dweight = ista.weight_gradient(u, g, weight, step_size, wc)
+    del u, g
     if w_out is not None and wanted["w_out"]:
         dw_out = sum_over_tokens(dz, o, w_out.dtype)
     kernels, sums = _attention_kernels(attention), {}
@@ -425,10 +439,11 @@ def _backward(
         do, sums["delta"] = kernels.output_gradient(dz, wc_out, o, heads)
     else:
         do = dz @ wc_out
-    if low:
-        means: Any = (dtype, rows, attention)
+    if memory == "low":
         norm1 = (norm1_weight, norm1_bias)
-        _, h, w, _ = _project(xc, None, stats1, *norm1, w_qkv, wc_qkv, (), eps, *means)
+        _, h, w, _ = _project(
+            xc, None, stats1, norm1, w_qkv, wc_qkv, (), eps, xc.dtype, rows, attention
+        )
     dw = kernels.backward(do, w, o, lse, heads, scale, causal, **sums)
     del do, w, sums
     dh = dw @ wc_qkv
@@ -466,7 +481,7 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shape = kernels.moments_shape(n_rows, d) if by_cuda and precedes else (0,)
     moments = new(*shape, dtype=torch.float32)
     if memory == "none":
-        return y, moments, *(new(0) for _ in range(11))
+        return y, moments, *(new(0) for _ in range(10))
     xc = new(0) if x.dtype == dtype and x.is_contiguous() else new(*x.shape)
     inner = (*x.shape[:2], w_qkv.shape[0])
     lse = new(x.shape[0], heads, x.shape[1], dtype=wide)
@@ -475,12 +490,12 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     size = sum(t.numel() for t in weights if t is not None) if _are_rounded(weights, dtype) else 0
     end = new(size), new(*weight.shape), new(bits, dtype=torch.uint8)
     stats1, stats2 = (new(n_rows, 2, dtype=wide) for _ in range(2))
-    w, u = (new(0), new(0)) if memory == "low" else (new(*inner), new(*x.shape))
-    return y, moments, xc, stats1, w, new(*inner), lse, new(*x.shape), u, stats2, *end
+    w = new(0) if memory == "low" else new(*inner)
+    return y, moments, xc, stats1, w, new(*inner), lse, new(*x.shape), stats2, *end
 
 
 def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
-    parameters, wants = rest[10:18], rest[18]
+    parameters, wants = rest[9:17], rest[17]
     gradients = [None if t is None else t.new_empty(t.shape) for t in (xc, *parameters)]
     return [
         t if want and t is not None else xc.new_empty(0)
@@ -518,18 +533,17 @@ define(
     " Tensor? gram, Tensor[] folded, ScalarType dtype, int heads, float scale, bool causal,"
     " float eps, float step_size, float lambd, bool follows, bool precedes, str memory,"
     " str attention, str dictionary) -> (Tensor y, Tensor y_moments, Tensor xc, Tensor stats1,"
-    " Tensor w, Tensor o, Tensor lse, Tensor z, Tensor u, Tensor stats2, Tensor flat,"
-    " Tensor made_gram, Tensor mask)",
+    " Tensor w, Tensor o, Tensor lse, Tensor z, Tensor stats2, Tensor flat, Tensor made_gram,"
+    " Tensor mask)",
     _forward,
     _forward_fake,
 )
 define(
     "crate_block_backward(Tensor dy, Tensor xc, Tensor stats1, Tensor w, Tensor o, Tensor lse,"
-    " Tensor z, Tensor u, Tensor stats2, Tensor flat, Tensor gram, Tensor kept,"
-    " Tensor norm1_weight, Tensor norm1_bias,"
-    " Tensor w_qkv, Tensor? w_out, Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias,"
-    " Tensor weight, bool[] wants, int heads, float scale, bool causal, float eps,"
-    " float step_size, bool follows, bool precedes, str memory, str attention,"
+    " Tensor z, Tensor stats2, Tensor flat, Tensor gram, Tensor kept, Tensor norm1_weight,"
+    " Tensor norm1_bias, Tensor w_qkv, Tensor? w_out, Tensor? b_out, Tensor norm2_weight,"
+    " Tensor norm2_bias, Tensor weight, bool[] wants, int heads, float scale, bool causal,"
+    " float eps, float step_size, bool follows, bool precedes, str memory, str attention,"
     " str dictionary) -> Tensor[]",
     _backward,
     _backward_fake,

@@ -2,7 +2,8 @@
 
     forward   z = x (+ p + b), h = gamma (z - mean) rstd + beta            normalise_kernel
               in place of h: U diag(gamma), its row sums and U beta        fold_kernel
-              in place of a pass over x: mean, rstd from ISTA's moments    statistics_kernel
+              in place of u: diag(gamma) (I + G), column sums, beta (I + G)  fold_gram_kernel
+              in place of a pass over x or z: mean, rstd from moments      statistics_kernel
               the weights in the dtype of the GEMMs                        round_kernel
     backward  t = gamma dh, zhat = (z - mean) rstd                         normalise_backward_kernel
               dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is), and h again
@@ -94,6 +95,40 @@ def fold_kernel(
     tl.store(FOLDED + row.to(tl.int64) * D + col, folded, mask=col < D)
     tl.store(SUMS + row, tl.sum(folded.to(tl.float32), 0))
     tl.store(SHIFT + row, tl.sum(u * beta, 0))
+
+
+@triton.jit
+def fold_gram_kernel(
+    G, GAMMA, BETA, FOLDED, SCALES, SUMS, SHIFT,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """FOLDED = diag(gamma) (I + G) diag(1 / SCALES) in its dtype, SUMS its column sums and SHIFT =
+    beta (I + G), BLOCK_N columns a program. With the scales its diagonal is exact."""
+    wait_if_early(EARLY)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    diagonal = tl.load(G + col.to(tl.int64) * (D + 1), mask=col < D, other=0.0).to(tl.float32)
+    diagonal = (1 + diagonal) * tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
+    rounded = diagonal.to(FOLDED.dtype.element_ty).to(tl.float32)
+    scale = tl.where(rounded == 0, 1.0, diagonal / tl.where(rounded == 0, 1.0, rounded))
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    shift = tl.zeros((BLOCK_N,), tl.float32)
+    for first in tl.static_range(0, D, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)[:, None]
+        at = k.to(tl.int64) * D + col[None, :]
+        inside = (k < D) & (col[None, :] < D)
+        g = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
+        on_diagonal = k == col[None, :]
+        g += tl.where(on_diagonal, 1.0, 0.0)
+        gamma = tl.load(GAMMA + k, mask=k < D, other=0.0).to(tl.float32)
+        beta = tl.load(BETA + k, mask=k < D, other=0.0).to(tl.float32)
+        folded = tl.where(on_diagonal, rounded[None, :], gamma * g / scale[None, :])
+        folded = folded.to(FOLDED.dtype.element_ty)
+        tl.store(FOLDED + at, folded, mask=inside)
+        sums += tl.sum(folded.to(tl.float32), 0)
+        shift += tl.sum(beta * g, 0)
+    tl.store(SCALES + col, scale, mask=col < D)
+    tl.store(SUMS + col, sums, mask=col < D)
+    tl.store(SHIFT + col, shift, mask=col < D)
 
 
 @triton.jit
@@ -280,7 +315,7 @@ def _launch_normalise(
 
 
 def statistics_of_moments(moments: Tensor, eps: float) -> Tensor:
-    """The same statistics from what ista/cuda_kernels.py's apply_gram_and_moments says of x."""
+    """The same statistics from the moments that a GEMM of csrc/ista writes with x."""
     groups, n_rows, _ = moments.shape
     stats = torch.empty(n_rows, 2, dtype=torch.float32, device=moments.device)
     rows = 128
@@ -305,6 +340,20 @@ def fold(
             D=d, BLOCK=triton.next_power_of_2(d), num_warps=2, **early_start(w),
         )  # fmt: skip
     return folded, sums, shift
+
+
+def fold_gram(gram: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For LN(z) (I + G) without the normed rows: B = diag(gamma) (I + G) diag(1 / e) in the dtype
+    of G, e, the column sums of B, and beta (I + G)."""
+    d = gram.shape[0]
+    folded = torch.empty_like(gram)
+    scales, sums, shift = torch.empty(3, d, dtype=torch.float32, device=gram.device)
+    with on_device_of(gram):
+        fold_gram_kernel[(triton.cdiv(d, 8),)](
+            gram, gamma.contiguous(), beta.contiguous(), folded, scales, sums, shift,
+            D=d, BLOCK_K=256, BLOCK_N=8, num_warps=4, **early_start(gram),
+        )  # fmt: skip
+    return folded, scales, sums, shift
 
 
 def rounded(w_qkv: Tensor, w_out: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:

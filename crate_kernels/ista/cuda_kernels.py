@@ -1,6 +1,7 @@
 """ISTA by the CUDA kernels of csrc/ista: float16 and bfloat16, compute capability 9.0.
 
     forward   y  = relu(x + xc G - t), the bits of y > 0, moments   ista_forward
+              the same of x = LN(z), from z                         ista_normed_forward
     backward  g  = dy where the bits are set, dx = g + g G^T        ista_backward
               M  = xc^T g, and M + M^T                              ista_weight
               dW = eta M - eta W (M + M^T)                          triton_kernels.py
@@ -13,6 +14,7 @@ of D^3 and those of fewer tokens than columns are Triton's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ from torch import Tensor
 
 from .. import cuda_extension
 from ..library import on_device_of, stream_of
-from ..triton_common import dot_precision
 from . import triton_kernels
 
 make_gram = triton_kernels.make_gram
@@ -63,6 +64,32 @@ def apply_gram_and_moments(x: Tensor, gram: Tensor, threshold: float) -> tuple[T
     shape = moments_shape(x.numel() // d, d)
     moments = torch.empty(shape, dtype=torch.float32, device=x.device)
     return _forward(x, x, gram, threshold, moments=moments if len(shape) > 1 else None), moments
+
+
+def apply_normed(
+    z: Tensor,
+    stats: Tensor,
+    normed: Sequence[Tensor],
+    threshold: float,
+    wants_mask: bool,
+    wants_moments: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = relu(u + u G - threshold) of u = LN(z), from z, mean and rstd of its rows, and G as
+    block/triton_kernels.py folds it; the bits and the moments where wanted."""
+    weight, scales, sums, shift = normed
+    z, d = _readable(z), z.shape[-1]
+    rows = z.numel() // d
+    y, mask, moments = torch.empty_like(z), None, None
+    if wants_mask:
+        mask = torch.empty(mask_bytes(rows, d), dtype=torch.uint8, device=z.device)
+    if wants_moments:
+        moments = torch.empty(d // 64, rows, 2, dtype=torch.float32, device=z.device)
+    _launch(
+        "ista_normed_forward", z,
+        z=z, stats=stats, weight=weight, scales=scales, sums=sums, shift=shift, y=y, mask=mask,
+        moments=moments, threshold=threshold, dtype=z.dtype,
+    )  # fmt: skip
+    return y, mask, moments
 
 
 def _forward(
@@ -122,18 +149,12 @@ def weight_gradient(
     m = torch.empty(d, d, dtype=torch.float32, device=xc.device)
     # float16 cannot hold a scaled M: its product runs in TF32.
     dtype = torch.float32 if xc.dtype == torch.float16 else xc.dtype
-    wc = wc if wc is not None and wc.dtype == dtype else weight.to(dtype)
     both = torch.empty_like(m, dtype=dtype)
     _launch(
         "ista_weight", xc,
         x=xc, g=g, partials=m.new_empty(partials, d, d), m=m, both=both, dtype=xc.dtype,
     )  # fmt: skip
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    triton_kernels._gemm(
-        m, wc, both, dw,
-        beta=step_size, alpha=-step_size, precision=dot_precision(xc.dtype),
-    )  # fmt: skip
-    return dw
+    return triton_kernels._weight_gradient_of_sums(m, both, weight, step_size, xc.dtype, wc)
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -93,6 +93,34 @@ def normed_projection(x: Tensor, stats: Tensor, folded: tuple[Tensor, Tensor, Te
     return w
 
 
+def residual_projection(
+    o: Tensor, x: Tensor, w_out: Tensor, b_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """z = x + o w_out^T + b_out, and of each 64 elements of a row of z the sum and the sum of
+    their squared distances from their mean: (D / 64, rows, 2)."""
+    d = x.shape[-1]
+    rows = x.numel() // d
+    o, x, w_out = _readable(o), _readable(x), _readable(w_out.to(x.dtype))
+    z = torch.empty_like(x)
+    moments = torch.empty(d // 64, rows, 2, dtype=torch.float32, device=x.device)
+    bias = None if b_out is None else b_out.float().contiguous()
+    with on_device_of(x):
+        cuda_extension.load().residual_projection(
+            o=o.data_ptr(),
+            w_out=w_out.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            x=x.data_ptr(),
+            z=z.data_ptr(),
+            moments=moments.data_ptr(),
+            rows=rows,
+            d=d,
+            inner=o.shape[-1],
+            dtype=cuda_extension.DTYPES[x.dtype],
+            stream=stream_of(x),
+        )
+    return z, moments
+
+
 def output_gradient(
     dy: Tensor, w_out: Tensor, o: Tensor, heads: int
 ) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..block.op import MEMORY, chained_block
+from ..block.op import MEMORY, PARAMETERS, chained_block
 from ..checks import refuse
 from ..library import autocast_dtype, autocast_is_on
 from .encoder_recognition import published_forward, reason_against_step
@@ -160,36 +160,32 @@ def _run(
     i: int,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    norm1_weight, norm1_bias, w_qkv, w_out, *rest = _parameters(attn, ff)
-    gram, heads = None, attn.fn.heads
+    given = dict(zip(PARAMETERS, _parameters(attn, ff), strict=True))
+    heads, gram = attn.fn.heads, None
     folded: tuple[Tensor, ...] = ()
-    if kept is not None:
-        norm1 = (norm1_weight, norm1_bias)
-        constants = layer_constants(kept, i, x, norm1, w_qkv, w_out, ff.fn, heads)
-        if constants is not None:
-            w_qkv, w_out = constants.w_qkv, constants.w_out
-            gram, folded = constants.gram, constants.folded
+    constants = None if kept is None else layer_constants(kept, i, x, given, ff.fn.step_size, heads)
+    if constants is not None:
+        given |= {"w_qkv": constants.w_qkv, "w_out": constants.w_out}
+        gram, folded = constants.gram, constants.folded
     return chained_block(
         x,
         moments,
-        norm1_weight,
-        norm1_bias,
-        w_qkv,
-        w_out,
-        *rest,
+        *given.values(),
         heads=heads,
         scale=attn.fn.scale,
+        causal=False,
         eps=attn.norm.eps,
         step_size=ff.fn.step_size,
         lambd=ff.fn.lambd,
         gram=gram,
         folded=folded,
+        backend="auto",
         **options,
     )
 
 
 def _parameters(attn: Any, ff: Any) -> tuple[Any, ...]:
-    """Of a layer, in the order of crate_block's arguments."""
+    """Of a layer, in the order of PARAMETERS."""
     to_out = attn.fn.to_out
     w_out, b_out = None, None
     if type(to_out) is not nn.Identity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,14 @@ Constants = dict[Any, "LayerConstants"]
 
 @dataclass(frozen=True)
 class LayerConstants:
-    """Of one layer, in the dtype of its GEMMs: the two projections, the first with its norm folded
-    into it where a kernel takes that, and G of its dictionary."""
+    """Of one layer, in the dtype of its GEMMs: the two projections, G of its dictionary, and the
+    first and the last with the norms folded into them where kernels take that."""
 
     made_from: tuple[Any, ...]
     w_qkv: Tensor
-    folded: tuple[Tensor, ...]
     w_out: Tensor | None
     gram: Tensor
+    folded: tuple[Tensor, ...]
 
 
 def prepare_for_inference(model: nn.Module) -> None:
@@ -35,14 +36,14 @@ def prepare_for_inference(model: nn.Module) -> None:
 
     Without it every call without gradients casts the projections of each layer to autocast's dtype,
     and compares its dictionary W with the one that G = eta (W - W^T W) was made from (a captured
-    CUDA graph makes G itself). With it a layer is six kernels: two norms, two GEMMs, attention and
-    ISTA. It shows where a batch is small. Sets ``model.eval()``; ``model.train()`` ends it. Results
-    do not change.
+    CUDA graph makes G itself). With it a layer is six kernels: two norms (or what is left of them
+    where there are many tokens), two GEMMs, attention and ISTA. It shows where a batch is small.
+    Sets ``model.eval()``; ``model.train()`` ends it. Results do not change.
 
     Weights that change in place (an optimizer, ``load_state_dict``) are noticed. Writes through
     ``.data``, and those of a CUDA graph, are not: call this again after them. A graph that was
     captured keeps the weights of its capture. Takes the memory of the weights once more, in the
-    dtype of the GEMMs, and of the first projection twice.
+    dtype of the GEMMs, and of the first projection and the dictionary twice.
 
     Args:
         model: a module after :func:`crate_kernels.fuse`.
@@ -67,13 +68,13 @@ def layer_constants(
     kept: Constants,
     layer: Any,
     x: Tensor,
-    norm1: tuple[Tensor, Tensor],
-    w_qkv: Tensor,
-    w_out: Tensor | None,
-    ff: Any,
+    parameters: Mapping[str, Any],
+    step_size: float,
     heads: int,
 ) -> LayerConstants | None:
     """Those of ``layer`` for x, made where they are missing or their weights have changed.
+
+    ``parameters`` are those of crate_block, by name.
 
     None where they must not be kept: with gradients, while compiling, and where they would have
     to be made while a CUDA graph is captured.
@@ -81,21 +82,25 @@ def layer_constants(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     dtype = autocast_dtype(x)
-    weights = [t for t in (*norm1, w_qkv, w_out, ff.weight) if t is not None]
-    made_from = (ff.step_size, *((t.data_ptr(), _version(t)) for t in weights))
+    weights = [t for name, t in parameters.items() if t is not None and name != "b_out"]
+    made_from = (step_size, *((t.data_ptr(), _version(t)) for t in weights))
     found = kept.get((layer, dtype, x.device))
     if found is not None and found.made_from == made_from:
         return found
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
+    given: Any = {name: None if t is None else t.detach() for name, t in parameters.items()}
+    w_qkv, w_out = given["w_qkv"], given["w_out"]
     backend = backends.choose("ista", "auto", x, dtype, None)
     attention = backends.choose("crate_block", "auto", x, dtype, w_qkv.shape[0] // heads)
+    gram = gram_matrix(given["weight"], step_size, dtype, backend)
+    norms = [(given[f"norm{i}_weight"], given[f"norm{i}_bias"]) for i in (1, 2)]
     found = LayerConstants(
         made_from,
-        w_qkv.detach().to(dtype),
-        fold(w_qkv.detach(), norm1[0].detach(), norm1[1].detach(), dtype, attention),
-        None if w_out is None else w_out.detach().to(dtype),
-        gram_matrix(ff.weight.detach(), ff.step_size, dtype, backend),
+        w_qkv.to(dtype),
+        None if w_out is None else w_out.to(dtype),
+        gram,
+        fold(norms[0], w_qkv, norms[1], gram, attention),
     )
     kept[layer, dtype, x.device] = found
     return found

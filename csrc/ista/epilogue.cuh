@@ -100,20 +100,59 @@ __device__ __forceinline__ void sum_rows(const GemmParams& p, PartPosition<Confi
     }
 }
 
-// The sums and shifts of a tile's columns into shared memory.
+// The numbers of a tile's columns into shared memory.
 template <typename Config>
-__device__ __forceinline__ void load_columns(const GemmParams& p, float2* to, int first) {
+__device__ __forceinline__ void load_columns(const GemmParams& p, float* to, const Tile& tile) {
     for (int i = threadIdx.x % 128; i < Config::kBlockN; i += 128) {
-        int column = min(first + i, p.n - 1);
-        to[i] = {__ldg(p.column_sums + column), __ldg(p.shift + column)};
+        int column = min(tile.n_block * Config::kBlockN + i, p.n - 1);
+        float* numbers = to + i * Config::kColumnNumbers;
+        numbers[0] = p.shift ? __ldg(p.shift + column) : 0;
+        if constexpr (Config::kColumnNumbers > 1) numbers[1] = __ldg(p.column_sums + column);
+        if constexpr (Config::kColumnNumbers > 2) numbers[2] = __ldg(p.column_scales + column);
     }
 }
 
-// sums = rstd (sums - mean column_sums) + shift
+struct ColumnPair {
+    float2 shift, sum, scale;
+};
+
+// Those of two neighbours.
+template <int kNumbers>
+__device__ __forceinline__ ColumnPair read_columns(const float* from) {
+    const float2* two = reinterpret_cast<const float2*>(from);
+    if constexpr (kNumbers == 1) {
+        return {.shift = two[0]};
+    } else if constexpr (kNumbers == 2) {
+        float4 all = *reinterpret_cast<const float4*>(from);
+        return {.shift = {all.x, all.z}, .sum = {all.y, all.w}, .scale = {1, 1}};
+    } else {
+        float2 a = two[0], b = two[1], c = two[2];
+        return {.shift = {a.x, b.y}, .sum = {a.y, c.x}, .scale = {b.x, c.y}};
+    }
+}
+
+// sums += shift
 template <typename Config, int kPart>
-__device__ __forceinline__ void norm_part(const GemmParams& p, const float2* columns, int row,
-                                          float (&sums)[Config::kSums]) {
+__device__ __forceinline__ void shift_part(const float* columns, float (&sums)[Config::kSums]) {
     constexpr int kFirst = Config::column_of(kPart) / 8;
+    columns += Config::column_of(kPart) + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
+        float2 shift = read_columns<1>(columns + 8 * j).shift;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            sums[4 * (kFirst + j) + 2 * h] += shift.x;
+            sums[4 * (kFirst + j) + 2 * h + 1] += shift.y;
+        }
+    }
+}
+
+// sums = rstd column_scales (sums - mean column_sums) + shift
+template <typename Config, int kPart>
+__device__ __forceinline__ void norm_part(const GemmParams& p, const float* columns, int row,
+                                          float (&sums)[Config::kSums]) {
+    constexpr int kFirst = Config::column_of(kPart) / 8, kNumbers = Config::kColumnNumbers;
+    columns += (Config::column_of(kPart) + threadIdx.x % 4 * 2) * kNumbers;
     row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     float2 stats[2];
 #pragma unroll
@@ -122,15 +161,13 @@ __device__ __forceinline__ void norm_part(const GemmParams& p, const float2* col
     }
 #pragma unroll
     for (int j = 0; j < Config::kPartColumns / 8; ++j) {
-        // {sum, shift} of two columns
-        float4 two = *reinterpret_cast<const float4*>(columns + Config::column_of(kPart) + 8 * j +
-                                                      threadIdx.x % 4 * 2);
+        auto [shift, sum, scale] = read_columns<kNumbers>(columns + 8 * j * kNumbers);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float& first = sums[4 * (kFirst + j) + 2 * h];
             float& second = sums[4 * (kFirst + j) + 2 * h + 1];
-            first = stats[h].y * (first - stats[h].x * two.x) + two.y;
-            second = stats[h].y * (second - stats[h].x * two.z) + two.w;
+            first = stats[h].y * scale.x * (first - stats[h].x * sum.x) + shift.x;
+            second = stats[h].y * scale.y * (second - stats[h].x * sum.y) + shift.y;
         }
     }
 }
@@ -174,7 +211,7 @@ __device__ __forceinline__ void write_part(PartPosition<Config> part, float (&su
         for (int h = 0; h < 2; ++h) {
             float& first = sums[4 * (kFirst + j) + 2 * h];
             float& second = sums[4 * (kFirst + j) + 2 * h + 1];
-            if constexpr (Config::kProduct == Product::kForward) {
+            if constexpr (Config::kClips) {
                 first -= threshold;
                 second -= threshold;
                 if (first <= 0) {  // false for NaN, which stays
@@ -237,7 +274,8 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
     PartPosition<Config> part(shared.base, shared.part_offset(consumer, at.slot));
     auto& part_sums = sums[Config::half_of(kPart)];
 
-    // c
+    // c, and what the columns and rows have of their own
+    const float* columns = shared.columns(consumer);
     if constexpr (Config::kHasC) {
         uint32_t kept = 0;
         if constexpr (Config::kProduct == Product::kBackward) {
@@ -250,17 +288,14 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
         } else {
             add_part<Config, kPart>(part, part_sums, kept);
         }
-    } else {
-        if constexpr (Config::kNorms) {
-            float2* columns = shared.columns(consumer);
-            if constexpr (kPart == 0) {
-                load_columns<Config>(p, columns, column);
-                sync_threads_of(1 + consumer, Config::kConsumerThreads);
-            }
-            norm_part<Config, kPart>(p, columns, row, part_sums);
+        if constexpr (Config::kProduct == Product::kResidual) {
+            if constexpr (kPart == 0) sync_threads_of(1 + consumer, Config::kConsumerThreads);
+            shift_part<Config, kPart>(columns, part_sums);
         }
+    } else {
         if (leader) wait_stores_read<Config::kBuffers - 1>();
         sync_threads_of(1 + consumer, Config::kConsumerThreads);
+        if constexpr (Config::kNorms) norm_part<Config, kPart>(p, columns, row, part_sums);
     }
 
     // output
@@ -278,10 +313,10 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
         }
         commit_stores();
     }
-    if constexpr (Config::kProduct == Product::kForward && sizeof(typename Config::Out) == 2) {
+    if constexpr (Config::kHasMoments) {
         if (p.moments) write_moments<Config, kPart>(p, column, row, part_sums);
     }
-    if constexpr (Config::kProduct == Product::kForward && kInWord + 1 == Config::kPartsOfWord) {
+    if constexpr (Config::kClips && kInWord + 1 == Config::kPartsOfWord) {
         uint32_t* to = mask.template word<kPart>();
         if (to) *to = word;
     }

@@ -10,9 +10,11 @@ int64_t ista_mask_bytes(int64_t rows, int d) {
 
 void ista_forward(const IstaForward& args, cudaStream_t stream) {
     check_ista("ista_forward", args.rows, args.d, args.dtype, args.x_dtype);
-    if (args.moments && (args.d % 64 != 0 || args.x_dtype != args.dtype)) {
-        throw std::invalid_argument(
-            "ista_forward: expected moments only for d a multiple of 64 and one dtype");
+    if (args.moments) {
+        check_moments("ista_forward", args.d);
+        if (args.x_dtype != args.dtype) {
+            throw std::invalid_argument("ista_forward: expected moments only for one dtype");
+        }
     }
     ista_forward(args, choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors()), stream);
 }

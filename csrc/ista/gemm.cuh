@@ -1,11 +1,14 @@
-// The GEMM of ISTA, in three uses (docs/ista.md), and in two of MSSA's (docs/block.md):
+// The GEMM of ISTA, in its own uses (docs/ista.md), and in those of a layer (docs/block.md):
 //
-//     forward   y  = relu(c + a b - t),  a = x, b = G        and the bits of y > 0
+//     forward   y  = relu(c + a b - t),  a = x, b = G        and the bits of y > 0, or moments
+//     normed    y  = relu(rstd e (a b - mean s) + f - t)     the same of x = LN(z), a = z,
+//       forward      b = diag(gamma) (I + G) / e, s its column sums, f = beta (I + G)
 //     backward  dx = c + g b,            b = G^T, c = g      g = dy where the bits say so
 //     plain     dx = c + a b,            a = c = g, b = G^T  the same where dy comes as g
 //     weight    M  = sum of a^T b,       a = x, b = g        one sum for each part of the tokens
 //     row sums  dO = a b,                a = dy, b = V       rowsum(dO * c) of each head, c = O
-//     normed    w  = rstd (a b - mean s) + t, a = x, b = (U diag(gamma))^T, s its column sums
+//     normed    w  = rstd (a b - mean s) + f, a = x, b = (U diag(gamma))^T, s its column sums
+//     residual  z  = c + a b + f, a = o, b = V^T, c = x      and moments
 //
 // Blocks are persistent and come in clusters of two, which may share their rows of A or columns of
 // B. One warp loads [128, 64] of A and [64, kBlockN] of B per stage; two warpgroups take tiles of
@@ -277,6 +280,9 @@ __device__ __forceinline__ void consume(const GemmParams& p, GemmShared<Config> 
     float sums[2][Config::kSums];
     while (!schedule.done(p)) {
         Tile tile = schedule.tile(p);
+        if constexpr (Config::kColumnNumbers > 0) {
+            load_columns<Config>(p, shared.columns(consumer), tile);
+        }
         Turn turn{schedule.first(p), schedule.last(p), consumer};
         if constexpr (Config::kMasksA) {
             multiply_masked(p, shared, tile, at, release, turn, sums);

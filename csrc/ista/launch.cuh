@@ -20,7 +20,8 @@ struct GemmOperands {
     float threshold;
     float* row_sums = nullptr;
     float* moments = nullptr;
-    const float *row_statistics = nullptr, *column_sums = nullptr, *shift = nullptr;
+    const float* row_statistics = nullptr;
+    const float *shift = nullptr, *column_sums = nullptr, *column_scales = nullptr;
 };
 
 template <typename Config>
@@ -50,8 +51,9 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
     p.row_sums = x.row_sums;
     p.moments = reinterpret_cast<float2*>(x.moments);
     p.row_statistics = reinterpret_cast<const float2*>(x.row_statistics);
-    p.column_sums = x.column_sums;
     p.shift = x.shift;
+    p.column_sums = x.column_sums;
+    p.column_scales = x.column_scales;
     p.rows = x.m;
     p.n = x.n;
     p.threshold = x.threshold;
@@ -113,6 +115,14 @@ inline void check_ista(const char* name, int64_t rows, int d, Dtype dtype, Dtype
         throw std::invalid_argument(what +
                                     ": expected dtype float16 or bfloat16, and x_dtype the same "
                                     "or float32");
+    }
+}
+
+inline void check_moments(const char* name, int d) {
+    if (d % 64 != 0) {
+        throw std::invalid_argument(
+            std::string(name) + ": expected d a multiple of 64 for the moments of its rows, got " +
+            std::to_string(d));
     }
 }
 

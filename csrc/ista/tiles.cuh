@@ -6,7 +6,16 @@
 
 namespace crate_kernels {
 
-enum class Product { kForward, kBackward, kWeight, kPlain, kRowSums, kNormed };
+enum class Product {
+    kForward,
+    kNormedForward,
+    kBackward,
+    kWeight,
+    kPlain,
+    kRowSums,
+    kNormed,
+    kResidual
+};
 
 inline constexpr int kBlockM = 128, kBlockK = 64;
 
@@ -26,7 +35,7 @@ struct GemmParams {
     float* row_sums;               // (n / 64, rows)
     float2* moments;               // of the output: (n / 64, rows), as IstaForward has them
     const float2* row_statistics;  // mean and 1 / standard deviation
-    const float *column_sums, *shift;
+    const float *shift, *column_sums, *column_scales;  // (n)
     int rows, n;
     int m_blocks, k_blocks, k_blocks_of_part;
     int m_per_cluster, n_per_cluster;  // 2, 1: B is shared. 1, 2: A is. 1, 1: nothing is
@@ -41,12 +50,18 @@ struct GemmConfig {
     static constexpr int kBlockN = kBlockN_;
     static constexpr Product kProduct = kProduct_;
     static constexpr Transposed kTransposedA = kProduct == Product::kWeight ? kYes : kNo;
-    static constexpr Transposed kTransposedB = kProduct == Product::kBackward ||
-                                                       kProduct == Product::kPlain ||
-                                                       kProduct == Product::kNormed
-                                                   ? kNo
-                                                   : kYes;
-    static constexpr bool kHasC = kProduct != Product::kWeight && kProduct != Product::kNormed;
+    static constexpr Transposed kTransposedB =
+        kProduct == Product::kBackward || kProduct == Product::kPlain ||
+                kProduct == Product::kNormed || kProduct == Product::kResidual
+            ? kNo
+            : kYes;
+    static constexpr bool kNorms =
+        kProduct == Product::kNormed || kProduct == Product::kNormedForward;
+    static constexpr bool kHasC = kProduct != Product::kWeight && !kNorms;
+    static constexpr bool kClips =
+        kProduct == Product::kForward || kProduct == Product::kNormedForward;
+    static constexpr bool kHasMoments =
+        (kClips && sizeof(Out) == 2) || kProduct == Product::kResidual;
     // dy in float32 comes with a rounded g made before.
     static constexpr bool kMasksA = kProduct == Product::kBackward && sizeof(Out) == 2;
 
@@ -68,15 +83,18 @@ struct GemmConfig {
     __device__ static constexpr int column_of(int part) {
         return (part / (2 * kPartsOfWord) * kPartsOfWord + part % kPartsOfWord) * kPartColumns;
     }
-    static constexpr bool kNorms = kProduct == Product::kNormed;
     static constexpr int kBuffers = kNorms ? 3 : 4;  // of parts, for each consumer
     static constexpr int kAhead = kBuffers - 1;
 
     static constexpr int kOffsetB = kStages * kBytesA;
     static constexpr int kOffsetParts = kOffsetB + kStages * kBytesB;
-    // Of a tile's columns, for each consumer: their sums and shift.
+    // Of a tile's columns, for each consumer: their shift, sums and scales.
     static constexpr int kOffsetColumns = kOffsetParts + 2 * kBuffers * kPartBytes;
-    static constexpr int kColumnsBytes = kNorms ? kBlockN * sizeof(float2) : 0;
+    static constexpr int kColumnNumbers = kProduct == Product::kResidual        ? 1
+                                          : kProduct == Product::kNormed        ? 2
+                                          : kProduct == Product::kNormedForward ? 3
+                                                                                : 0;
+    static constexpr int kColumnsBytes = kColumnNumbers * kBlockN * sizeof(float);
     static constexpr int kOffsetBarriers = kOffsetColumns + 2 * kColumnsBytes;
     static constexpr int kBarriers = 2 * kStages + 2 * kBuffers;
     static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * sizeof(Barrier);
@@ -139,9 +157,9 @@ struct GemmShared {
     }
     __device__ Barrier* loaded(int stage) const { return barriers() + stage; }
     __device__ Barrier* free(int stage) const { return barriers() + Config::kStages + stage; }
-    __device__ float2* columns(int consumer) const {
-        return reinterpret_cast<float2*>(base + Config::kOffsetColumns +
-                                         consumer * Config::kColumnsBytes);
+    __device__ float* columns(int consumer) const {
+        return reinterpret_cast<float*>(base + Config::kOffsetColumns +
+                                        consumer * Config::kColumnsBytes);
     }
     __device__ int part_offset(int consumer, int slot) const {
         return Config::kOffsetParts + (consumer * Config::kBuffers + slot) * Config::kPartBytes;

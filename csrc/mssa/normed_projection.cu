@@ -19,8 +19,8 @@ void normed_projection(const NormedProjection& args, cudaStream_t stream) {
                           .out_dtype = args.dtype,
                           .threshold = 0,
                           .row_statistics = args.stats,
-                          .column_sums = args.sums,
-                          .shift = args.shift};
+                          .shift = args.shift,
+                          .column_sums = args.sums};
     launch_gemm<Product::kNormed>(
         operands, choose_plan(args.rows, args.inner, args.d, 1, 12, multiprocessors()), stream);
 }

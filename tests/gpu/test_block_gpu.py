@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import (
     HALVES,
+    OF_A_CHAIN,
     assert_as_close_as_plain,
     block_inputs,
     distinct,
@@ -17,7 +18,7 @@ from helpers import (
 )
 
 from crate_kernels import crate_block, explain
-from crate_kernels.block.op import chained_block
+from crate_kernels.block.op import PARAMETERS, chained_block
 
 triton_kernels = pytest.importorskip("crate_kernels.block.triton_kernels")
 
@@ -161,6 +162,78 @@ def test_projection_without_the_normed_rows(shape, x_dtype, dtype):
     assert_as_close_as_plain(got, {"w": plain(x, *(t.to(dtype) for t in (u, gamma, beta)))}, exact)
 
 
+def statistics_of(t):
+    """Mean and rstd of rows, in the dtype of t."""
+    return {"mean": t.mean(1), "rstd": (t.var(1, correction=0) + 1e-5).rsqrt()}
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(591, 384, 384), (1, 64, 48), (8000, 768, 576)], ids=str)
+def test_projection_with_residual_and_moments(shape, dtype, with_bias):
+    """z = x + o V^T + b and the statistics of its rows."""
+    kernels = pytest.importorskip("crate_kernels.mssa.cuda_kernels")
+    rows, d, inner = shape
+    o = torch.randn(rows, inner, device="cuda").to(dtype)
+    x = (torch.randn(rows, d, device="cuda") + torch.randn(rows, 1, device="cuda")).to(dtype)
+    w_out = (inner**-0.5 * torch.randn(d, inner, device="cuda")).to(dtype)
+    b_out = torch.randn(d, device="cuda").to(dtype) if with_bias else None
+
+    def plain(o, x, w_out, b_out):
+        return x + torch.nn.functional.linear(o, w_out, b_out)
+
+    z, moments = kernels.residual_projection(o, x, w_out, b_out)
+    for _ in range(REPEATS):
+        again = kernels.residual_projection(o, x, w_out, b_out)
+        assert torch.equal(again[0], z) and torch.equal(again[1], moments)
+    exact = plain(*(None if t is None else t.double() for t in (o, x, w_out, b_out)))
+    in_dtype = plain(o, x, w_out, b_out)
+    stats = triton_kernels.statistics_of_moments(moments, 1e-5)
+    got = {"z": z, **dict(zip(("mean", "rstd"), stats.unbind(1), strict=True))}
+    plain_stats = statistics_of(in_dtype.float())
+    exact = {"z": exact, **statistics_of(exact)}
+    assert_as_close_as_plain(got, {"z": in_dtype, **plain_stats}, exact, shape)
+
+
+@pytest.mark.parametrize("wants", [(False, False), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(591, 384), (1, 64), (8000, 768), (30011, 576)], ids=str)
+def test_ista_without_the_normed_rows(shape, dtype, wants):
+    """y = relu(u + u G - t) of u = LN(z), from z and its statistics; its mask, its moments."""
+    kernels = pytest.importorskip("crate_kernels.ista.cuda_kernels")
+    rows, d = shape
+    z = (torch.randn(rows, d, device="cuda") + torch.randn(rows, 1, device="cuda")).to(dtype)
+    gamma = 1 + 0.2 * torch.randn(d, device="cuda")
+    beta = 0.2 * torch.randn(d, device="cuda")
+    gram = (0.1 * d**-0.5 * torch.randn(d, d, device="cuda")).to(dtype)
+
+    def plain(z, gamma, beta, gram):
+        u = torch.nn.functional.layer_norm(z, (d,), gamma, beta)
+        return torch.relu(u + u @ gram - 0.01)
+
+    _, stats = triton_kernels.statistics(z, 1e-5, dtype)
+    normed = triton_kernels.fold_gram(gram, gamma, beta)
+    y, mask, moments = kernels.apply_normed(z, stats, normed, 0.01, *wants)
+    for _ in range(REPEATS):
+        again = kernels.apply_normed(z, stats, normed, 0.01, *wants)
+        for a, b in zip(again, (y, mask, moments), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    exact = {"y": plain(*(t.double() for t in (z, gamma, beta, gram)))}
+    in_dtype = {"y": plain(*(t.to(dtype) for t in (z, gamma, beta, gram)))}
+    got = {"y": y}
+    assert [mask is not None, moments is not None] == list(wants)
+    if mask is not None:
+        dy = torch.randn_like(y)
+        _, g = kernels.input_gradient(dy, mask, gram, wants_x=False)
+        assert torch.equal(g, dy * (y != 0))
+    if moments is not None:
+        stats = triton_kernels.statistics_of_moments(moments, 1e-5)
+        got |= dict(zip(("mean", "rstd"), stats.unbind(1), strict=True))
+        exact |= statistics_of(exact["y"])
+        in_dtype |= statistics_of(in_dtype["y"].float())
+    assert_as_close_as_plain(got, in_dtype, exact, shape)
+
+
 @pytest.mark.parametrize("with_out", [False, True])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_rounded_weights(dtype, with_out):
@@ -202,16 +275,17 @@ def test_moments_of_a_gemm_are_those_of_what_it_wrote(shape, dtype):
 
 
 def apart(first, second, **options):
-    y, moments = chained_block(moments=None, **first, follows=False, precedes=False, **options)
-    assert moments.numel() == 0
-    return crate_block(y, **second, **options)
+    return crate_block(crate_block(**first, **options), **second, **options)
 
 
 def in_a_row(first, second, **options):
-    y, moments = chained_block(moments=None, **first, follows=False, precedes=True, **options)
+    options = {**OF_A_CHAIN, **options}
+    x, *parameters = (first[name] for name in ("x", *PARAMETERS))
+    y, moments = chained_block(x, None, *parameters, follows=False, precedes=True, **options)
     # Where ISTA is by CUDA, by Triton where it is small.
     assert (moments.numel() > 0) == (y.shape[0] > 3)
-    return chained_block(y, moments, **second, follows=True, precedes=False, **options)[0]
+    parameters = [second[name] for name in PARAMETERS]
+    return chained_block(y, moments, *parameters, follows=True, precedes=False, **options)[0]
 
 
 def published(first, second, heads):

@@ -74,6 +74,25 @@ def test_the_folded_projection(dtype):
         assert_as_close_as_plain({"w": got.to(dtype)}, plain, exact, (rows, d))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_the_folded_dictionary(dtype):
+    """rstd e (z B - mean s) + f is LN(z) (I + G); the diagonal of B e is exact."""
+    for rows, d in [*SIZES, (3, 300)]:
+        z, gram = torch.randn(rows, d).to(dtype), (0.1 * torch.randn(d, d)).to(dtype)
+        gamma, beta = torch.randn(d), torch.randn(d)
+        gamma[d // 2] = 0
+        _, stats = triton_kernels.statistics(z.float(), 1e-5, dtype)
+        folded, scales, sums, shift = triton_kernels.fold_gram(gram, gamma, beta)
+        assert folded.dtype == dtype
+        close([folded.diagonal() * scales], [gamma * (1 + gram.diagonal().float())], torch.float32)
+        mean, rstd = stats.split(1, 1)
+        got = rstd * scales * (z.float() @ folded.float() - mean * sums) + shift
+        u = torch.nn.functional.layer_norm(z, (d,), gamma.to(dtype), beta.to(dtype))
+        exact = torch.nn.functional.layer_norm(z.double(), (d,), gamma.double(), beta.double())
+        exact = {"y": exact + exact @ gram.double()}
+        assert_as_close_as_plain({"y": got.to(dtype)}, {"y": u + u @ gram}, exact, (rows, d))
+
+
 def moments_of(x):
     """Of each 64 elements of a row: their sum, and the squared distances from their mean."""
     groups = x.unflatten(1, (-1, 64))
