@@ -40,14 +40,14 @@ struct NormedProjection {
 };
 void normed_projection(const NormedProjection& args, cudaStream_t stream);
 
-// z = x + o V^T + b, and the moments of its rows, as IstaForward has them. d a multiple of 64.
+// z = x + o V^T + b, and the moments of its rows (moments_span, below).
 struct ResidualProjection {
     const void* o;      // (rows, inner), float16 or bfloat16
     const void* w_out;  // V: (d, inner), as o
     const float* bias;  // b: (d), or null
     const void* x;      // (rows, d), as o
     void* z;            // as x
-    float* moments;     // (d / 64, rows, 2), or null
+    float* moments;     // (ceil(d / moments_span(d)), rows, 2)
     int64_t rows;
     int d, inner;
     Dtype dtype;
@@ -93,16 +93,19 @@ inline constexpr int kHeadDims[] = {48, 64, 80, 128};
 // ISTA on rows of d elements, contiguous; d a multiple of 8. dtype is float16 or bfloat16, x_dtype
 // the same or float32. Pointers are multiples of 16 bytes.
 
+// What a GEMM writes of its output's rows for a norm to come: of each span of elements their sum
+// and the sum of their squares. d is a multiple of 64.
+constexpr int moments_span(int d) { return d % 192 == 0 ? 192 : 128; }
+
 // y = relu(x + xc G - threshold); the mask has a bit for each element of y, 1 where that is not
-// zero (csrc/ista/tiles.cuh has the layout). The moments are of each 64 elements of a row of y:
-// their sum, and the sum of (y - their mean)^2.
+// zero (csrc/ista/tiles.cuh has the layout).
 struct IstaForward {
     const void* x;     // (rows, d), x_dtype
     const void* xc;    // (rows, d), dtype: x itself where the dtypes are one
     const void* gram;  // (d, d), dtype
     void* y;           // (rows, d), x_dtype
     void* mask;        // ista_mask_bytes(rows, d), or null
-    float* moments;    // (d / 64, rows, 2), or null; d a multiple of 64, x_dtype as dtype
+    float* moments;    // (ceil(d / moments_span(d)), rows, 2), or null; x_dtype as dtype
     int64_t rows;
     int d;
     float threshold;

@@ -359,21 +359,18 @@ Values add_product(Values c, int m, int n, int k, const A& a, const B& b, const 
     return c;
 }
 
-// Of each 64 elements of a row: their sum, and the sum of (element - their mean)^2.
+// Of each span of a row: the sum of its elements, and of their squares.
 Values moments_of(const Values& t, int d) {
-    size_t rows = t.size() / d;
-    Values found(size_t(d) / 64 * rows * 2);
-    for (size_t i = 0; i < rows; ++i) {
-        for (int j = 0; j < d; j += 64) {
-            double sum = 0, square = 0;
-            for (int k = j; k < j + 64; ++k) sum += t[i * d + k];
-            for (int k = j; k < j + 64; ++k) square += std::pow(t[i * d + k] - sum / 64, 2);
-            found[(size_t(j / 64) * rows + i) * 2] = sum;
-            found[(size_t(j / 64) * rows + i) * 2 + 1] = square;
-        }
+    size_t rows = t.size() / d, spans = (d + moments_span(d) - 1) / moments_span(d);
+    Values found(spans * rows * 2);
+    for (size_t i = 0; i < t.size(); ++i) {
+        double* moments = &found[(i % d / moments_span(d) * rows + i / d) * 2];
+        moments[0] += t[i], moments[1] += t[i] * t[i];
     }
     return found;
 }
+
+size_t size_of_moments(int rows, int d) { return moments_of(Values(d), d).size() * rows; }
 
 bool test_ista(const IstaCase& c) {
     std::mt19937 generator(c.rows);
@@ -396,7 +393,7 @@ bool test_ista(const IstaCase& c) {
     DeviceArray<unsigned char> both(size_t(d) * d * (both_dtype == Dtype::kFloat32 ? 4 : 2));
 
     bool has_moments = d % 64 == 0 && c.x_dtype == c.dtype;
-    DeviceArray<float> moments(has_moments ? size_t(d) / 64 * rows * 2 : 0);
+    DeviceArray<float> moments(has_moments ? size_of_moments(rows, d) : 0);
 
     std::array<Bytes, 6> results[2];
     for (auto& result : results) {
@@ -648,7 +645,7 @@ bool test_normed_ista(Dtype dtype, int rows, int d) {
         dy_in(to_bytes(dy, dtype));
     DeviceArray stats_in(c.stats), scales_in(scales), sums_in(c.sums), shift_in(c.shift);
     DeviceArray<unsigned char> y(z_in.size()), g(z_in.size()), mask(ista_mask_bytes(rows, d));
-    DeviceArray<float> moments(size_t(d) / 64 * rows * 2);
+    DeviceArray<float> moments(size_of_moments(rows, d));
     Bytes y_of[2], g_of[2];
     std::vector<float> moments_found[2];
     for (int run = 0; run < 2; ++run) {
@@ -714,7 +711,7 @@ bool test_residual_projection(Dtype dtype, int rows, int d, int inner, bool has_
         x_in(to_bytes(x, dtype));
     DeviceArray bias_in(bias);
     DeviceArray<unsigned char> z(x_in.size());
-    DeviceArray<float> moments(size_t(d) / 64 * rows * 2);
+    DeviceArray<float> moments(size_of_moments(rows, d));
     Bytes z_of[2];
     std::vector<float> moments_found[2];
     for (int run = 0; run < 2; ++run) {

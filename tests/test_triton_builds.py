@@ -100,7 +100,7 @@ def launch_block(dtype, x_dtype, d):
     block_kernels.statistics(x, 1e-5, dtype)
     block_kernels.fold(meta(2 * d, d, dtype=x_dtype), gamma, gamma, dtype)
     block_kernels.fold_gram(meta(d, d, dtype=dtype), gamma, gamma)
-    block_kernels.statistics_of_moments(meta(12, 64 * d, 2, dtype=torch.float32), 1e-5)
+    block_kernels.statistics_of_moments(meta(4, 64 * d, 2, dtype=torch.float32), d, 1e-5)
     for out in (meta(d, 2 * d, dtype=x_dtype), None):
         block_kernels.rounded(meta(2 * d, d, dtype=x_dtype), out, meta(d, d, dtype=x_dtype), dtype)
     block_kernels.normalise_backward(h, z, stats, gamma, gamma, None, True, True)

@@ -286,7 +286,7 @@ def _project(
         return xc, h, _linear(h, wc_qkv), stats
     xc = x
     if stats is None and moments is not None and moments.numel() > 0 and x.dtype == dtype:
-        stats = rows.statistics_of_moments(moments, eps)
+        stats = rows.statistics_of_moments(moments, d, eps)
     if stats is None:
         xc, stats = rows.statistics(x, eps, dtype)
     folded = folded or rows.fold(w_qkv, *norm, dtype)
@@ -355,7 +355,7 @@ def _forward(
     wants_mask = dictionary == "cuda" and memory != "none" and not precedes
     if _norms_products(x, w_out, dtype, attention, dictionary):
         z, moments = kernels.residual_projection(o, x, wc_out, b_out)
-        stats2 = rows.statistics_of_moments(moments, eps)
+        stats2 = rows.statistics_of_moments(moments, x.shape[-1], eps)
         normed = folded[3:] or rows.fold_gram(gram, *norm2)
         y, mask, moments = ista.apply_normed(z, stats2, normed, threshold, wants_mask, precedes)
     else:

@@ -133,20 +133,18 @@ def fold_gram_kernel(
 
 @triton.jit
 def statistics_kernel(
-    MOMENTS, STATS, n_rows, eps,
-    D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+    MOMENTS, STATS, n_rows, eps, n_spans,
+    D: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """STATS (rows, 2): mean and rstd, of MOMENTS (D / 64, rows, 2)."""
+    """STATS (rows, 2): mean and rstd, of MOMENTS (n_spans, rows, 2)."""
     wait_if_early(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-    group = tl.arange(0, GROUPS)[:, None]
-    inside = (row < n_rows) & (group < D // 64)
-    at = MOMENTS + 2 * (group.to(tl.int64) * n_rows + row)
-    total = tl.load(at, mask=inside, other=0.0)
-    square = tl.load(at + 1, mask=inside, other=0.0)
-    mean = tl.sum(total, 0, keep_dims=True) / D
-    away = tl.where(inside, total / 64 - mean, 0.0)
-    variance = tl.sum(square + 64 * away * away, 0, keep_dims=True) / D
+    span = tl.arange(0, SPANS)[:, None]
+    inside = (row < n_rows) & (span < n_spans)
+    at = MOMENTS + 2 * (span.to(tl.int64) * n_rows + row)
+    mean = tl.sum(tl.load(at, mask=inside, other=0.0), 0, keep_dims=True) / D
+    square = tl.sum(tl.load(at + 1, mask=inside, other=0.0), 0, keep_dims=True) / D
+    variance = tl.maximum(square - mean * mean, 0.0)
     tl.store(STATS + 2 * row, mean, mask=row < n_rows)
     tl.store(STATS + 2 * row + 1, tl.rsqrt(variance + eps), mask=row < n_rows)
 
@@ -314,14 +312,17 @@ def _launch_normalise(
     return z, stats
 
 
-def statistics_of_moments(moments: Tensor, eps: float) -> Tensor:
-    """The same statistics from the moments that a GEMM of csrc/ista writes with x."""
-    groups, n_rows, _ = moments.shape
+def statistics_of_moments(moments: Tensor, d: int, eps: float) -> Tensor:
+    """The same statistics, of rows of d elements, from the moments that a GEMM of csrc/ista wrote.
+
+    A mean square less a squared mean: good to what a row keeps that is far from zero itself.
+    """
+    n_spans, n_rows, _ = moments.shape
     stats = torch.empty(n_rows, 2, dtype=torch.float32, device=moments.device)
     rows = 128
     with on_device_of(moments):
         statistics_kernel[(triton.cdiv(n_rows, rows),)](
-            moments, stats, n_rows, eps, D=groups * 64, GROUPS=triton.next_power_of_2(groups),
+            moments, stats, n_rows, eps, n_spans, D=d, SPANS=triton.next_power_of_2(n_spans),
             ROWS=rows, num_warps=4, **early_start(moments),
         )  # fmt: skip
     return stats

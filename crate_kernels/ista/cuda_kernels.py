@@ -53,13 +53,14 @@ def apply_gram_and_mask(
 
 
 def moments_shape(rows: int, d: int) -> tuple[int, ...]:
-    """Of the moments of (rows, d), which there are where 64 divides d."""
-    return (d // 64, rows, 2) if d % 64 == 0 else (0,)
+    """Of the moments of (rows, d), which there are where 64 divides d: of each 192 or 128 elements
+    of a row their sum and the sum of their squares (moments_span of csrc/crate_kernels.h)."""
+    span = 192 if d % 192 == 0 else 128
+    return ((d + span - 1) // span, rows, 2) if d % 64 == 0 else (0,)
 
 
 def apply_gram_and_moments(x: Tensor, gram: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """y = relu(x + x G - threshold); of each 64 elements of a row of y the sum, and the sum of
-    their squared distances from their mean."""
+    """y = relu(x + x G - threshold) and the moments of its rows."""
     d = x.shape[-1]
     shape = moments_shape(x.numel() // d, d)
     moments = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -83,7 +84,7 @@ def apply_normed(
     if wants_mask:
         mask = torch.empty(mask_bytes(rows, d), dtype=torch.uint8, device=z.device)
     if wants_moments:
-        moments = torch.empty(d // 64, rows, 2, dtype=torch.float32, device=z.device)
+        moments = torch.empty(moments_shape(rows, d), dtype=torch.float32, device=z.device)
     _launch(
         "ista_normed_forward", z,
         z=z, stats=stats, weight=weight, scales=scales, sums=sums, shift=shift, y=y, mask=mask,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_extension
+from ..ista.cuda_kernels import moments_shape
 from ..library import on_device_of, stream_of
 
 
@@ -96,13 +97,12 @@ def normed_projection(x: Tensor, stats: Tensor, folded: tuple[Tensor, Tensor, Te
 def residual_projection(
     o: Tensor, x: Tensor, w_out: Tensor, b_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """z = x + o w_out^T + b_out, and of each 64 elements of a row of z the sum and the sum of
-    their squared distances from their mean: (D / 64, rows, 2)."""
+    """z = x + o w_out^T + b_out and the moments of its rows, for D a multiple of 64."""
     d = x.shape[-1]
     rows = x.numel() // d
     o, x, w_out = _readable(o), _readable(x), _readable(w_out.to(x.dtype))
     z = torch.empty_like(x)
-    moments = torch.empty(d // 64, rows, 2, dtype=torch.float32, device=x.device)
+    moments = torch.empty(moments_shape(rows, d), dtype=torch.float32, device=x.device)
     bias = None if b_out is None else b_out.float().contiguous()
     with on_device_of(x):
         cuda_extension.load().residual_projection(

@@ -172,29 +172,38 @@ __device__ __forceinline__ void norm_part(const GemmParams& p, const float* colu
     }
 }
 
-// Sum and squared distances from the mean along the rows of a part, of 64 columns of the output.
+// Of the two rows of a half that a thread has elements of: sums of the output and of its squares
+// along the tile.
+using RowMoments = float2[2];
+
 template <typename Config, int kPart>
-__device__ __forceinline__ void write_moments(const GemmParams& p, int column, int row,
-                                              const float (&sums)[Config::kSums]) {
+__device__ __forceinline__ void add_moments(RowMoments& moments,
+                                            const float (&sums)[Config::kSums]) {
     constexpr int kFirst = Config::column_of(kPart) / 8;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float2 sum{0, 0}, square{0, 0};
+#pragma unroll
+        for (int j = 0; j < Config::kPartColumns / 8; ++j) {
+            float first = sums[4 * (kFirst + j) + 2 * h];
+            float second = sums[4 * (kFirst + j) + 2 * h + 1];
+            sum.x += first, sum.y += second;
+            square.x += first * first, square.y += second * second;
+        }
+        moments[h].x += sum.x + sum.y;
+        moments[h].y += square.x + square.y;
+    }
+}
+
+// Adds up what four threads have of a row.
+__device__ __forceinline__ void write_moments(const GemmParams& p, const RowMoments& moments,
+                                              int n_block, int row) {
     row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        float sum = 0, square = 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            sum += sums[4 * (kFirst + j) + 2 * h] + sums[4 * (kFirst + j) + 2 * h + 1];
-        }
-        sum = row_sum(sum);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float first = sums[4 * (kFirst + j) + 2 * h] - sum / 64;
-            float second = sums[4 * (kFirst + j) + 2 * h + 1] - sum / 64;
-            square += first * first + second * second;
-        }
-        square = row_sum(square);
-        if (threadIdx.x % 4 == 0 && column < p.n && row + 8 * h < p.rows) {
-            p.moments[int64_t(column / 64) * p.rows + row + 8 * h] = {sum, square};
+        float2 all{row_sum(moments[h].x), row_sum(moments[h].y)};
+        if (threadIdx.x % 4 == 0 && row + 8 * h < p.rows) {
+            p.moments[int64_t(n_block) * p.rows + row + 8 * h] = all;
         }
     }
 }
@@ -261,12 +270,14 @@ __device__ __forceinline__ void load_part(const GemmParams& p, GemmShared<Config
 }
 
 // Parts kPart, kPart + 1, ... of the tile that the schedule is at; kAhead parts later ones of c
-// (maybe of the next tile) are loaded meanwhile. `word` is of the mask that is being made.
+// (maybe of the next tile) are loaded meanwhile. `word` is of the mask that is being made,
+// `moments` of the tile's rows so far.
 template <typename Config, int kPart>
 __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Config> shared,
                                             int consumer, const Schedule& schedule,
                                             const Tile& tile, RingPosition& at,
-                                            float (&sums)[2][Config::kSums], uint32_t& word) {
+                                            float (&sums)[2][Config::kSums], uint32_t& word,
+                                            RowMoments& moments) {
     bool leader = threadIdx.x % Config::kConsumerThreads == 0;
     int column = tile.n_block * Config::kBlockN + Config::column_of(kPart);
     int row = tile.m_block * kBlockM + Config::half_of(kPart) * 64;
@@ -314,7 +325,11 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
         commit_stores();
     }
     if constexpr (Config::kHasMoments) {
-        if (p.moments) write_moments<Config, kPart>(p, column, row, part_sums);
+        if constexpr (Config::column_of(kPart) == 0) moments[0] = moments[1] = {};
+        if (p.moments && column < p.n) add_moments<Config, kPart>(moments, part_sums);
+        constexpr bool kEndsHalf =
+            Config::column_of(kPart) + Config::kPartColumns == Config::kBlockN;
+        if (p.moments && kEndsHalf) write_moments(p, moments, tile.n_block, row);
     }
     if constexpr (Config::kClips && kInWord + 1 == Config::kPartsOfWord) {
         uint32_t* to = mask.template word<kPart>();
@@ -339,7 +354,8 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
     }
     at.template advance<Config::kBuffers>();
     if constexpr (kPart + 1 < Config::kParts) {
-        finish_tile<Config, kPart + 1>(p, shared, consumer, schedule, tile, at, sums, word);
+        finish_tile<Config, kPart + 1>(p, shared, consumer, schedule, tile, at, sums, word,
+                                       moments);
     }
 }
 

@@ -16,7 +16,10 @@ void ista_forward(const IstaForward& args, cudaStream_t stream) {
             throw std::invalid_argument("ista_forward: expected moments only for one dtype");
         }
     }
-    ista_forward(args, choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors()), stream);
+    ista_forward(args,
+                 choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors(),
+                             args.moments ? moments_span(args.d) : 0),
+                 stream);
 }
 
 void ista_forward(const IstaForward& args, const GemmPlan& plan, cudaStream_t stream) {

@@ -292,7 +292,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, GemmShared<Config> 
         pin_registers(sums[0]);
         pin_registers(sums[1]);
         uint32_t word;
-        finish_tile<Config, 0>(p, shared, consumer, schedule, tile, part_at, sums, word);
+        RowMoments moments;
+        finish_tile<Config, 0>(p, shared, consumer, schedule, tile, part_at, sums, word, moments);
         schedule.advance(p);
         pass_over_tile();
     }

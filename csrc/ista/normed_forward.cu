@@ -25,7 +25,10 @@ void ista_normed_forward(const IstaNormedForward& args, cudaStream_t stream) {
                           .column_sums = args.sums,
                           .column_scales = args.scales};
     launch_gemm<Product::kNormedForward>(
-        operands, choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors()), stream);
+        operands,
+        choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors(),
+                    args.moments ? moments_span(args.d) : 0),
+        stream);
 }
 
 }  // namespace crate_kernels

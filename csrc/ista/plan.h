@@ -19,13 +19,14 @@ struct GemmPlan {
 // The plan for tiles [128, block_n] of an m x n output that takes least time, by what was measured
 // on an H200 (docs/ista.md): a step over 64 of k takes as long as block_n + step_cost columns of
 // it, about 3 ns each; a partial sum in float32 is written and read at 4 TB/s. What a cluster
-// shares matters little, but spares the L2 cache.
+// shares matters little, but spares the L2 cache. width: of the tile, or 0.
 inline GemmPlan choose_plan(int64_t m, int64_t n, int64_t k, int max_parts, int step_cost,
-                            int multiprocessors) {
+                            int multiprocessors, int width = 0) {
     GemmPlan best{};
     double least = std::numeric_limits<double>::infinity();
     int64_t steps = ceil_div(k, 64);
     for (int block_n : {192, 128}) {
+        if (width > 0 && block_n != width) continue;
         for (auto [per_m, per_n] : {std::pair{2, 1}, {1, 2}, {1, 1}}) {
             for (int parts = 1; parts <= std::min<int64_t>(max_parts, steps); ++parts) {
                 int64_t steps_of_part = ceil_div(steps, parts);

@@ -33,7 +33,7 @@ struct GemmParams {
     bool stores_g;  // the backward pass, where it makes g
     uint32_t* mask;
     float* row_sums;               // (n / 64, rows)
-    float2* moments;               // of the output: (n / 64, rows), as IstaForward has them
+    float2* moments;               // of the output: (tiles of n, rows), as IstaForward has them
     const float2* row_statistics;  // mean and 1 / standard deviation
     const float *shift, *column_sums, *column_scales;  // (n)
     int rows, n;
@@ -79,9 +79,9 @@ struct GemmConfig {
     static constexpr int kPartColumns = 128 / sizeof(Out), kPartBytes = 64 * 128;
     static constexpr int kParts = 2 * kBlockN / kPartColumns;
     static constexpr int kPartsOfWord = kBlockK / kPartColumns;  // of the mask: consecutive ones
-    __device__ static constexpr int half_of(int part) { return part / kPartsOfWord % 2; }
+    __device__ static constexpr int half_of(int part) { return part / (kParts / 2); }
     __device__ static constexpr int column_of(int part) {
-        return (part / (2 * kPartsOfWord) * kPartsOfWord + part % kPartsOfWord) * kPartColumns;
+        return part % (kParts / 2) * kPartColumns;
     }
     static constexpr int kBuffers = kNorms ? 3 : 4;  // of parts, for each consumer
     static constexpr int kAhead = kBuffers - 1;

@@ -23,7 +23,9 @@ void residual_projection(const ResidualProjection& args, cudaStream_t stream) {
                           .moments = args.moments,
                           .shift = args.bias};
     launch_gemm<Product::kResidual>(
-        operands, choose_plan(args.rows, args.d, args.inner, 1, 12, multiprocessors()), stream);
+        operands,
+        choose_plan(args.rows, args.d, args.inner, 1, 12, multiprocessors(), moments_span(args.d)),
+        stream);
 }
 
 }  // namespace crate_kernels

@@ -188,7 +188,7 @@ def test_projection_with_residual_and_moments(shape, dtype, with_bias):
         assert torch.equal(again[0], z) and torch.equal(again[1], moments)
     exact = plain(*(None if t is None else t.double() for t in (o, x, w_out, b_out)))
     in_dtype = plain(o, x, w_out, b_out)
-    stats = triton_kernels.statistics_of_moments(moments, 1e-5)
+    stats = triton_kernels.statistics_of_moments(moments, d, 1e-5)
     got = {"z": z, **dict(zip(("mean", "rstd"), stats.unbind(1), strict=True))}
     plain_stats = statistics_of(in_dtype.float())
     exact = {"z": exact, **statistics_of(exact)}
@@ -227,7 +227,7 @@ def test_ista_without_the_normed_rows(shape, dtype, wants):
         _, g = kernels.input_gradient(dy, mask, gram, wants_x=False)
         assert torch.equal(g, dy * (y != 0))
     if moments is not None:
-        stats = triton_kernels.statistics_of_moments(moments, 1e-5)
+        stats = triton_kernels.statistics_of_moments(moments, d, 1e-5)
         got |= dict(zip(("mean", "rstd"), stats.unbind(1), strict=True))
         exact |= statistics_of(exact["y"])
         in_dtype |= statistics_of(in_dtype["y"].float())
@@ -261,7 +261,7 @@ def test_moments_of_a_gemm_are_those_of_what_it_wrote(shape, dtype):
     for _ in range(REPEATS):
         again = kernels.apply_gram_and_moments(u, gram, 0.01)
         assert torch.equal(again[0], y) and torch.equal(again[1], moments)
-    got = triton_kernels.statistics_of_moments(moments, 1e-5)
+    got = triton_kernels.statistics_of_moments(moments, d, 1e-5)
     exact = torch.relu(u.double() + u.double() @ gram.double() - 0.01)
     mean, variance = exact.mean(1), exact.var(1, correction=0)
     exact = {"mean": mean, "rstd": (variance + 1e-5).rsqrt()}

@@ -17,6 +17,7 @@ from helpers import (
 
 from crate_kernels import crate_block
 from crate_kernels.block import torch_kernels, triton_kernels
+from crate_kernels.ista.cuda_kernels import moments_shape
 
 SIZES = [(7, 24), (33, 100), (1, 8), (130, 16)]
 
@@ -94,22 +95,26 @@ def test_the_folded_dictionary(dtype):
 
 
 def moments_of(x):
-    """Of each 64 elements of a row: their sum, and the squared distances from their mean."""
-    groups = x.unflatten(1, (-1, 64))
-    squares = (groups - groups.mean(2, keepdim=True)).square().sum(2)
-    return torch.stack((groups.sum(2), squares), 2).transpose(0, 1).contiguous()
+    """Of each span of a row: the sums of its elements and of their squares."""
+    spans, rows, _ = moments_shape(*x.shape)
+    parts = [p.sum(1) for t in (x, x.square()) for p in t.chunk(spans, 1)]
+    return torch.stack(parts).view(2, spans, rows).movedim(0, 2).contiguous()
 
 
-def test_statistics_from_moments():
-    """Also where the mean is large beside what is around it, and groups differ in theirs."""
-    for rows, d, mean in [(7, 64, 0), (300, 192, 100), (128, 448, 3)]:
+@pytest.mark.parametrize("dtype", HALVES)
+def test_statistics_from_moments(dtype):
+    """As good as those of the rows in ``dtype``, also where the mean is large beside what is
+    around it, and spans differ in theirs."""
+    for rows, d, mean in [(7, 64, 0), (300, 192, 100), (128, 448, 3), (5, 1024, 30)]:
         x = torch.randn(rows, d) + mean * torch.rand(rows, 1) + (torch.arange(d) // 64) % 3
-        got = triton_kernels.statistics_of_moments(moments_of(x), 1e-5)
-        _, want = triton_kernels.statistics(x, 1e-5, torch.float32)
+        got = triton_kernels.statistics_of_moments(moments_of(x), d, 1e-5)
+        _, plain = triton_kernels.statistics(x.to(dtype), 1e-5, dtype)
         exact = torch_kernels.normalise(
             x.double(), None, None, torch.ones(d), torch.zeros(d), 1e-5, torch.float64
         )[2]
-        assert_as_close_as_plain({"stats": got}, {"stats": want}, {"stats": exact}, (rows, d))
+        for i, name in enumerate(("mean", "rstd")):
+            results = ({name: t[:, i]} for t in (got, plain, exact))
+            assert_as_close_as_plain(*results, (rows, d))
 
 
 @pytest.mark.parametrize("with_out", [False, True])
