@@ -121,7 +121,7 @@ int64_t ista_mask_bytes(int64_t rows, int d);
 struct IstaNormedForward {
     const void* z;        // (rows, d), dtype
     const float* stats;   // (rows, 2): mean and rstd of each row
-    const void* weight;   // B: (d, d), dtype
+    const void* weight;   // B^T: (d, d), dtype
     const float* scales;  // e: (d)
     const float* sums;    // s: (d)
     const float* shift;   // f: (d)

@@ -11,7 +11,6 @@
 
 A program of the backward pass keeps its part of the three sums in registers; the parts are added
 in a fixed order, so results are bitwise repeatable. The contracts are those of torch_kernels.py.
-EARLY: launched before the kernel ahead ends.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..library import on_device_of
-from ..triton_common import early_start, multiprocessors, wait_if_early
+from ..triton_common import multiprocessors
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ def normalise_kernel(
     X, P, BIAS, GAMMA, BETA, Z, H, STATS, n_rows, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, WRITE_Z: tl.constexpr, WRITE_H: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    wait_if_early(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     at = row.to(tl.int64) * D + col
@@ -82,10 +79,9 @@ def normalise_kernel(
 @triton.jit
 def fold_kernel(
     U, GAMMA, BETA, FOLDED, SUMS, SHIFT,
-    D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """FOLDED = U diag(gamma) in its dtype, SUMS its sum and SHIFT = U beta, a row a program."""
-    wait_if_early(EARLY)
     row = tl.program_id(0)
     col = tl.arange(0, BLOCK)
     u = tl.load(U + row.to(tl.int64) * D + col, mask=col < D, other=0.0).to(tl.float32)
@@ -100,11 +96,10 @@ def fold_kernel(
 @triton.jit
 def fold_gram_kernel(
     G, GAMMA, BETA, FOLDED, SCALES, SUMS, SHIFT,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """FOLDED = diag(gamma) (I + G) diag(1 / SCALES) in its dtype, SUMS its column sums and SHIFT =
-    beta (I + G), BLOCK_N columns a program. With the scales its diagonal is exact."""
-    wait_if_early(EARLY)
+    """FOLDED^T = diag(gamma) (I + G) diag(1 / SCALES) in its dtype, SUMS its column sums and SHIFT =
+    beta (I + G), BLOCK_N columns a program. With the scales the diagonal is exact."""
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     diagonal = tl.load(G + col.to(tl.int64) * (D + 1), mask=col < D, other=0.0).to(tl.float32)
     diagonal = (1 + diagonal) * tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
@@ -123,7 +118,7 @@ def fold_gram_kernel(
         beta = tl.load(BETA + k, mask=k < D, other=0.0).to(tl.float32)
         folded = tl.where(on_diagonal, rounded[None, :], gamma * g / scale[None, :])
         folded = folded.to(FOLDED.dtype.element_ty)
-        tl.store(FOLDED + at, folded, mask=inside)
+        tl.store(FOLDED + col[None, :].to(tl.int64) * D + k, folded, mask=inside)
         sums += tl.sum(folded.to(tl.float32), 0)
         shift += tl.sum(beta * g, 0)
     tl.store(SCALES + col, scale, mask=col < D)
@@ -134,10 +129,9 @@ def fold_gram_kernel(
 @triton.jit
 def statistics_kernel(
     MOMENTS, STATS, n_rows, eps, n_spans,
-    D: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """STATS (rows, 2): mean and rstd, of MOMENTS (n_spans, rows, 2)."""
-    wait_if_early(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     span = tl.arange(0, SPANS)[:, None]
     inside = (row < n_rows) & (span < n_spans)
@@ -152,10 +146,9 @@ def statistics_kernel(
 @triton.jit
 def round_kernel(
     A, B, C, OUT, n_a, n_b, n_c,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OUT = A, B (may be None) and C, one after another, in its dtype."""
-    wait_if_early(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(A + at, mask=at < n_a, other=0.0).to(tl.float32)
     left = at - n_a
@@ -186,10 +179,8 @@ def normalise_backward_kernel(
     DH, Z, STATS, GAMMA, BETA, SKIP, DZ, H, PARTIALS, n_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr, MASK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz summed."""
-    wait_if_early(EARLY)
     col = tl.arange(0, BLOCK)[None, :]
     gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
     if WRITE_H:
@@ -241,10 +232,8 @@ def normalise_backward_kernel(
 def sum_partials_kernel(
     PARTIALS, OUT0, OUT1, OUT2, n_parts,
     D: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """OUT0, OUT1 and, of SUMS = 3, OUT2 (D,): PARTIALS (n_parts, SUMS, D) summed over the parts."""
-    wait_if_early(EARLY)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1)
     total = tl.zeros((PARTS, BLOCK), tl.float32)
@@ -307,7 +296,7 @@ def _launch_normalise(
                 x, p, bias, gamma, beta, z, h, stats, n_rows, eps,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=p is not None, ADD_BIAS=bias is not None, WRITE_Z=writes_z,
-                WRITE_H=h is not None, num_warps=config.num_warps, **early_start(x),
+                WRITE_H=h is not None, num_warps=config.num_warps,
             )  # fmt: skip
     return z, stats
 
@@ -323,7 +312,7 @@ def statistics_of_moments(moments: Tensor, d: int, eps: float) -> Tensor:
     with on_device_of(moments):
         statistics_kernel[(triton.cdiv(n_rows, rows),)](
             moments, stats, n_rows, eps, n_spans, D=d, SPANS=triton.next_power_of_2(n_spans),
-            ROWS=rows, num_warps=4, **early_start(moments),
+            ROWS=rows, num_warps=4,
         )  # fmt: skip
     return stats
 
@@ -338,21 +327,21 @@ def fold(
     with on_device_of(w):
         fold_kernel[(rows,)](
             w.contiguous(), gamma.contiguous(), beta.contiguous(), folded, sums, shift,
-            D=d, BLOCK=triton.next_power_of_2(d), num_warps=2, **early_start(w),
+            D=d, BLOCK=triton.next_power_of_2(d), num_warps=2,
         )  # fmt: skip
     return folded, sums, shift
 
 
 def fold_gram(gram: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For LN(z) (I + G) without the normed rows: B = diag(gamma) (I + G) diag(1 / e) in the dtype
-    of G, e, the column sums of B, and beta (I + G)."""
+    """For LN(z) (I + G) without the normed rows: B^T of B = diag(gamma) (I + G) diag(1 / e), in the
+    dtype of G, then e, the column sums of B, and beta (I + G)."""
     d = gram.shape[0]
     folded = torch.empty_like(gram)
     scales, sums, shift = torch.empty(3, d, dtype=torch.float32, device=gram.device)
     with on_device_of(gram):
         fold_gram_kernel[(triton.cdiv(d, 8),)](
             gram, gamma.contiguous(), beta.contiguous(), folded, scales, sums, shift,
-            D=d, BLOCK_K=256, BLOCK_N=8, num_warps=4, **early_start(gram),
+            D=d, BLOCK_K=256, BLOCK_N=8, num_warps=4,
         )  # fmt: skip
     return folded, scales, sums, shift
 
@@ -365,7 +354,7 @@ def rounded(w_qkv: Tensor, w_out: Tensor | None, weight: Tensor, dtype: torch.dt
     block = 2048
     with on_device_of(weight):
         round_kernel[(triton.cdiv(out.numel(), block),)](
-            *given, out, *sizes, BLOCK=block, num_warps=4, **early_start(weight)
+            *given, out, *sizes, BLOCK=block, num_warps=4
         )
     return out
 
@@ -397,10 +386,9 @@ def normalise_backward(
                 dh, z, stats, gamma, beta, skip, dz, h, partials, n_rows,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=skip is not None, WRITE_H=wants_h, SUM_DZ=wants_sum, MASK=masks,
-                num_warps=config.num_warps, **early_start(z),
+                num_warps=config.num_warps,
             )  # fmt: skip
         sum_partials_kernel[(triton.cdiv(d, 32), n_sums)](
             partials, *sums, programs, D=d, SUMS=n_sums, PARTS=128, BLOCK=32, num_warps=4,
-            **early_start(z),
         )  # fmt: skip
     return dz, h, *sums

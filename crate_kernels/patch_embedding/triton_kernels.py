@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..block.triton_kernels import sum_partials_kernel
 from ..library import on_device_of
-from ..triton_common import early_start, multiprocessors
+from ..triton_common import multiprocessors
 from .torch_kernels import normalise_patches_backward  # seldom wanted: torch's own
 
 __all__ = ["embed", "embed_backward", "normalise_patches", "normalise_patches_backward"]
@@ -198,6 +198,5 @@ def embed_backward(
         )  # fmt: skip
         sum_partials_kernel[(triton.cdiv(d, 32), 2)](
             sums, dgamma, db, None, parts * tokens, D=d, SUMS=2, PARTS=128, BLOCK=32, num_warps=4,
-            **early_start(e),
         )  # fmt: skip
     return de, db, dgamma, dpos.sum(0)

@@ -19,6 +19,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// max(x, 0), NaN where x is.
+__device__ __forceinline__ float zero_or_more(float x) {
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Over the four lanes that share a row of a wgmma accumulator.
 __device__ __forceinline__ float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));

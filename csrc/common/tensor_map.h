@@ -37,7 +37,7 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 // Launches a kernel that may start before the one ahead of it in the stream ends: it calls
 // wait_for_kernel_before before it touches what that one writes.
 template <typename... Parameters, typename... Arguments>
-void launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
+void launch_early(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes,
                   cudaStream_t stream, const Arguments&... arguments) {
     cudaLaunchAttribute early;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -17,40 +17,56 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
     }
 }
 
-template <typename Out>
-__device__ __forceinline__ float2 read_pair(const char* from) {
-    if constexpr (sizeof(Out) == 4) {
-        return *reinterpret_cast<const float2*>(from);
-    } else {
-        return unpack<Out>(*reinterpret_cast<const uint32_t*>(from));
-    }
-}
+// What a thread has of 16 columns of a part, by pairs: columns 8 e + 2 pair and the next of row
+// 16 warp + group + 8 h.
+using Pairs = float2[2][2];  // [e][h]
 
-template <typename Out>
-__device__ __forceinline__ void write_pair(char* to, float2 pair) {
-    if constexpr (sizeof(Out) == 4) {
-        *reinterpret_cast<float2*>(to) = pair;
-    } else {
-        *reinterpret_cast<uint32_t*>(to) = pack<Out>(pair.x, pair.y);
-    }
-}
-
-// Where a thread has columns 8 j + 2 pair and the next of row 16 warp + group + 8 h of a part.
 template <typename Config>
 struct PartPosition {
+    using Out = typename Config::Out;
     char* shared;
     int offset;
 
     __device__ PartPosition(char* shared, int part) : shared(shared) {
-        int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-        int group = row % 8, pair = threadIdx.x % 4;
-        offset = part + row * 128 +
-                 (sizeof(typename Config::Out) == 2 ? group * 16 + pair * 4
-                                                    : (group ^ pair / 2) * 16 + pair % 2 * 8);
+        int lane = threadIdx.x % 32, rows = threadIdx.x % 128 / 32 * 16;
+        if constexpr (sizeof(Out) == 2) {  // of the matrices' rows, not of the thread's elements
+            int row = rows + lane % 16;
+            offset = part + row * 128 + (lane / 16 ^ row % 8) * 16;
+        } else {
+            int row = rows + lane / 4, pair = lane % 4;
+            offset = part + row * 128 + (row % 8 ^ pair / 2) * 16 + pair % 2 * 8;
+        }
     }
-    __device__ char* at(int j, int h) const {
-        constexpr int kShift = sizeof(typename Config::Out) == 2 ? 4 : 5;
-        return shared + (offset ^ j << kShift) + h * 8 * 128;
+    __device__ uint32_t matrices(int block) const {
+        return shared_address(shared) + (offset ^ block << 5);
+    }
+    __device__ float2* pair(int block, int e, int h) const {
+        return reinterpret_cast<float2*>(shared + (offset ^ (2 * block + e) << 5) + h * 8 * 128);
+    }
+    __device__ void read(int block, Pairs& pairs) const {
+        uint32_t packed[4];
+        if constexpr (sizeof(Out) == 2) load_matrices(packed, matrices(block));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (sizeof(Out) == 2) {
+                pairs[i / 2][i % 2] = unpack<Out>(packed[i]);
+            } else {
+                pairs[i / 2][i % 2] = *pair(block, i / 2, i % 2);
+            }
+        }
+    }
+    __device__ void write(int block, const Pairs& pairs) const {
+        uint32_t packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float2 two = pairs[i / 2][i % 2];
+            if constexpr (sizeof(Out) == 2) {
+                packed[i] = pack<Out>(two.x, two.y);
+            } else {
+                *pair(block, i / 2, i % 2) = two;
+            }
+        }
+        if constexpr (sizeof(Out) == 2) store_matrices(matrices(block), packed);
     }
 };
 
@@ -60,17 +76,19 @@ __device__ __forceinline__ void add_part(PartPosition<Config> part, float (&sums
                                          uint32_t word) {
     constexpr int kFirst = Config::column_of(kPart) / 8;
 #pragma unroll
-    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
-        int in_word = (kFirst + j) % 8;
+    for (int j = 0; j < Config::kPartColumns / 8; j += 2) {
+        Pairs pairs;
+        part.read(j / 2, pairs);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float2 c = read_pair<typename Config::Out>(part.at(j, h));
+        for (int i = 0; i < 4; ++i) {
+            int e = i / 2, h = i % 2, in_word = (kFirst + j + e) % 8;
+            float2 c = pairs[e][h];
             if constexpr (Config::kProduct == Product::kBackward) {
                 if (!(word & mask_bit(in_word, h, 0))) c.x = 0;
                 if (!(word & mask_bit(in_word, h, 1))) c.y = 0;
             }
-            sums[4 * (kFirst + j) + 2 * h] += c.x;
-            sums[4 * (kFirst + j) + 2 * h + 1] += c.y;
+            sums[4 * (kFirst + j + e) + 2 * h] += c.x;
+            sums[4 * (kFirst + j + e) + 2 * h + 1] += c.y;
         }
     }
 }
@@ -80,33 +98,41 @@ template <typename Config, int kPart>
 __device__ __forceinline__ void sum_rows(const GemmParams& p, PartPosition<Config> part, int column,
                                          int row, const float (&sums)[Config::kSums]) {
     constexpr int kFirst = Config::column_of(kPart) / 8;
-    float along[2] = {0, 0};
+    float2 along[2] = {};
 #pragma unroll
-    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
+    for (int j = 0; j < Config::kPartColumns / 8; j += 2) {
+        Pairs pairs;
+        part.read(j / 2, pairs);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float2 c = read_pair<typename Config::Out>(part.at(j, h));
-            along[h] += sums[4 * (kFirst + j) + 2 * h] * c.x;
-            along[h] += sums[4 * (kFirst + j) + 2 * h + 1] * c.y;
+        for (int i = 0; i < 4; ++i) {
+            int e = i / 2, h = i % 2;
+            along[h].x += sums[4 * (kFirst + j + e) + 2 * h] * pairs[e][h].x;
+            along[h].y += sums[4 * (kFirst + j + e) + 2 * h + 1] * pairs[e][h].y;
         }
     }
     row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        float sum = row_sum(along[h]);
+        float sum = row_sum(along[h].x + along[h].y);
         if (threadIdx.x % 4 == 0 && column < p.n && row + 8 * h < p.rows) {
             p.row_sums[int64_t(column / 64) * p.rows + row + 8 * h] = sum;
         }
     }
 }
 
-// The numbers of a tile's columns into shared memory.
+// The numbers of a tile's columns and rows into shared memory.
 template <typename Config>
-__device__ __forceinline__ void load_columns(const GemmParams& p, float* to, const Tile& tile) {
+__device__ __forceinline__ void load_numbers(const GemmParams& p, float* to, float2* rows,
+                                             const Tile& tile) {
+    static_assert(Config::kConsumerThreads == kBlockM, "a row each");
+    if constexpr (Config::kNorms) {
+        int row = min(tile.m_block * kBlockM + int(threadIdx.x % kBlockM), p.rows - 1);
+        rows[threadIdx.x % kBlockM] = load_pair_now(p.row_statistics + row);
+    }
     for (int i = threadIdx.x % 128; i < Config::kBlockN; i += 128) {
         int column = min(tile.n_block * Config::kBlockN + i, p.n - 1);
         float* numbers = to + i * Config::kColumnNumbers;
-        numbers[0] = p.shift ? __ldg(p.shift + column) : 0;
+        numbers[0] = (p.shift ? __ldg(p.shift + column) : 0) - p.threshold;
         if constexpr (Config::kColumnNumbers > 1) numbers[1] = __ldg(p.column_sums + column);
         if constexpr (Config::kColumnNumbers > 2) numbers[2] = __ldg(p.column_scales + column);
     }
@@ -131,43 +157,26 @@ __device__ __forceinline__ ColumnPair read_columns(const float* from) {
     }
 }
 
-// sums += shift
+// What the columns j and, where the product is normed, the rows have of their own: sums = rstd
+// scale (sums - mean sum) + shift, or sums + shift.
 template <typename Config, int kPart>
-__device__ __forceinline__ void shift_part(const float* columns, float (&sums)[Config::kSums]) {
-    constexpr int kFirst = Config::column_of(kPart) / 8;
-    columns += Config::column_of(kPart) + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
-        float2 shift = read_columns<1>(columns + 8 * j).shift;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            sums[4 * (kFirst + j) + 2 * h] += shift.x;
-            sums[4 * (kFirst + j) + 2 * h + 1] += shift.y;
-        }
-    }
-}
-
-// sums = rstd column_scales (sums - mean column_sums) + shift
-template <typename Config, int kPart>
-__device__ __forceinline__ void norm_part(const GemmParams& p, const float* columns, int row,
-                                          float (&sums)[Config::kSums]) {
+__device__ __forceinline__ void norm_columns(int j, const float* columns,
+                                             const float2 (&statistics)[2],
+                                             float (&sums)[Config::kSums]) {
     constexpr int kFirst = Config::column_of(kPart) / 8, kNumbers = Config::kColumnNumbers;
-    columns += (Config::column_of(kPart) + threadIdx.x % 4 * 2) * kNumbers;
-    row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    float2 stats[2];
+    int column = Config::column_of(kPart) + 8 * j + threadIdx.x % 4 * 2;
+    auto [shift, sum, scale] = read_columns<kNumbers>(columns + column * kNumbers);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        stats[h] = load_pair_now(p.row_statistics + min(row + 8 * h, p.rows - 1));
-    }
-#pragma unroll
-    for (int j = 0; j < Config::kPartColumns / 8; ++j) {
-        auto [shift, sum, scale] = read_columns<kNumbers>(columns + 8 * j * kNumbers);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float& first = sums[4 * (kFirst + j) + 2 * h];
-            float& second = sums[4 * (kFirst + j) + 2 * h + 1];
-            first = stats[h].y * scale.x * (first - stats[h].x * sum.x) + shift.x;
-            second = stats[h].y * scale.y * (second - stats[h].x * sum.y) + shift.y;
+        float& first = sums[4 * (kFirst + j) + 2 * h];
+        float& second = sums[4 * (kFirst + j) + 2 * h + 1];
+        if constexpr (Config::kNorms) {
+            auto [mean, rstd] = statistics[h];
+            first = rstd * scale.x * (first - mean * sum.x) + shift.x;
+            second = rstd * scale.y * (second - mean * sum.y) + shift.y;
+        } else {
+            first += shift.x;
+            second += shift.y;
         }
     }
 }
@@ -208,35 +217,61 @@ __device__ __forceinline__ void write_moments(const GemmParams& p, const RowMome
     }
 }
 
-// The output, which is left in sums as well, and in the forward pass the bits of what is not zero.
+// The output, which is left in sums as well.
 template <typename Config, int kPart>
-__device__ __forceinline__ void write_part(PartPosition<Config> part, float (&sums)[Config::kSums],
-                                           uint32_t& word, float threshold) {
+__device__ __forceinline__ void write_part(PartPosition<Config> part, const float* columns,
+                                           const float2* rows, float threshold,
+                                           float (&sums)[Config::kSums]) {
+    constexpr int kFirst = Config::column_of(kPart) / 8;
+    rows += Config::half_of(kPart) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    float2 statistics[2] = {};
+    if constexpr (Config::kNorms) statistics[0] = rows[0], statistics[1] = rows[8];
+#pragma unroll
+    for (int j = 0; j < Config::kPartColumns / 8; j += 2) {
+        if constexpr (Config::kColumnNumbers > 0) {
+            norm_columns<Config, kPart>(j, columns, statistics, sums);
+            norm_columns<Config, kPart>(j + 1, columns, statistics, sums);
+        }
+        Pairs pairs;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float& first = sums[4 * (kFirst + j) + 4 * (i / 2) + 2 * (i % 2)];
+            float& second = sums[4 * (kFirst + j) + 4 * (i / 2) + 2 * (i % 2) + 1];
+            if constexpr (Config::kClips) {
+                if constexpr (!Config::kNorms) first -= threshold, second -= threshold;
+                first = zero_or_more(first);
+                second = zero_or_more(second);
+            }
+            pairs[i / 2][i % 2] = {first, second};
+        }
+        part.write(j / 2, pairs);
+    }
+}
+
+// The largest number that becomes zero when it is rounded.
+template <typename T>
+inline constexpr float kRoundedToZero = __is_same(T, __half)          ? 0x1p-25f
+                                        : __is_same(T, __nv_bfloat16) ? 0x1p-134f
+                                                                      : 0;
+
+// The bits of what is not zero in a part of the output.
+template <typename Config, int kPart>
+__device__ __forceinline__ uint32_t bits_of_part(const float (&sums)[Config::kSums]) {
+    constexpr int kFirst = Config::column_of(kPart) / 8;
+    uint32_t word = 0;
 #pragma unroll
     for (int j = 0; j < Config::kPartColumns / 8; ++j) {
-        constexpr int kFirst = Config::column_of(kPart) / 8;
-        int in_word = (kFirst + j) % 8;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float& first = sums[4 * (kFirst + j) + 2 * h];
-            float& second = sums[4 * (kFirst + j) + 2 * h + 1];
-            if constexpr (Config::kClips) {
-                first -= threshold;
-                second -= threshold;
-                if (first <= 0) {  // false for NaN, which stays
-                    first = 0;
-                } else {
-                    word |= mask_bit(in_word, h, 0);
-                }
-                if (second <= 0) {
-                    second = 0;
-                } else {
-                    word |= mask_bit(in_word, h, 1);
-                }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                bool is_zero =
+                    sums[4 * (kFirst + j) + 2 * h + e] <= kRoundedToZero<typename Config::Out>;
+                if (!is_zero) word |= mask_bit((kFirst + j) % 8, h, e);
             }
-            write_pair<typename Config::Out>(part.at(j, h), {first, second});
         }
     }
+    return word;
 }
 
 // This thread's words of a tile's mask.
@@ -285,8 +320,7 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
     PartPosition<Config> part(shared.base, shared.part_offset(consumer, at.slot));
     auto& part_sums = sums[Config::half_of(kPart)];
 
-    // c, and what the columns and rows have of their own
-    const float* columns = shared.columns(consumer);
+    // c
     if constexpr (Config::kHasC) {
         uint32_t kept = 0;
         if constexpr (Config::kProduct == Product::kBackward) {
@@ -299,20 +333,17 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
         } else {
             add_part<Config, kPart>(part, part_sums, kept);
         }
-        if constexpr (Config::kProduct == Product::kResidual) {
-            if constexpr (kPart == 0) sync_threads_of(1 + consumer, Config::kConsumerThreads);
-            shift_part<Config, kPart>(columns, part_sums);
+        if constexpr (Config::kColumnNumbers > 0 && kPart == 0) {
+            sync_threads_of(1 + consumer, Config::kConsumerThreads);  // load_numbers is done
         }
     } else {
         if (leader) wait_stores_read<Config::kBuffers - 1>();
         sync_threads_of(1 + consumer, Config::kConsumerThreads);
-        if constexpr (Config::kNorms) norm_part<Config, kPart>(p, columns, row, part_sums);
     }
 
     // output
-    constexpr int kInWord = kPart % Config::kPartsOfWord;
-    if constexpr (kInWord == 0) word = 0;
-    write_part<Config, kPart>(part, part_sums, word, p.threshold);
+    write_part<Config, kPart>(part, shared.columns(consumer), shared.rows(consumer), p.threshold,
+                              part_sums);
     fence_async_proxy();
     sync_threads_of(1 + consumer, Config::kConsumerThreads);
     if (leader) {
@@ -331,9 +362,13 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
             Config::column_of(kPart) + Config::kPartColumns == Config::kBlockN;
         if (p.moments && kEndsHalf) write_moments(p, moments, tile.n_block, row);
     }
-    if constexpr (Config::kClips && kInWord + 1 == Config::kPartsOfWord) {
+    if constexpr (Config::kClips) {
+        constexpr int kInWord = kPart % Config::kPartsOfWord;
         uint32_t* to = mask.template word<kPart>();
-        if (to) *to = word;
+        if (to) {
+            word = bits_of_part<Config, kPart>(part_sums) | (kInWord > 0 ? word : 0);
+            if constexpr (kInWord + 1 == Config::kPartsOfWord) *to = word;
+        }
     }
 
     // a later part of c, where the output before this one was

@@ -281,7 +281,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, GemmShared<Config> 
     while (!schedule.done(p)) {
         Tile tile = schedule.tile(p);
         if constexpr (Config::kColumnNumbers > 0) {
-            load_columns<Config>(p, shared.columns(consumer), tile);
+            load_numbers<Config>(p, shared.columns(consumer), shared.rows(consumer), tile);
         }
         Turn turn{schedule.first(p), schedule.last(p), consumer};
         if constexpr (Config::kMasksA) {

@@ -52,7 +52,8 @@ struct GemmConfig {
     static constexpr Transposed kTransposedA = kProduct == Product::kWeight ? kYes : kNo;
     static constexpr Transposed kTransposedB =
         kProduct == Product::kBackward || kProduct == Product::kPlain ||
-                kProduct == Product::kNormed || kProduct == Product::kResidual
+                kProduct == Product::kNormed || kProduct == Product::kNormedForward ||
+                kProduct == Product::kResidual
             ? kNo
             : kYes;
     static constexpr bool kNorms =
@@ -95,7 +96,10 @@ struct GemmConfig {
                                           : kProduct == Product::kNormedForward ? 3
                                                                                 : 0;
     static constexpr int kColumnsBytes = kColumnNumbers * kBlockN * sizeof(float);
-    static constexpr int kOffsetBarriers = kOffsetColumns + 2 * kColumnsBytes;
+    // Of its rows: mean and rstd.
+    static constexpr int kOffsetRows = kOffsetColumns + 2 * kColumnsBytes;
+    static constexpr int kRowsBytes = kNorms ? kBlockM * sizeof(float2) : 0;
+    static constexpr int kOffsetBarriers = kOffsetRows + 2 * kRowsBytes;
     static constexpr int kBarriers = 2 * kStages + 2 * kBuffers;
     static constexpr int kSharedBytes = kOffsetBarriers + kBarriers * sizeof(Barrier);
     static_assert(kSharedBytes <= 232448, "shared memory of a multiprocessor");
@@ -160,6 +164,10 @@ struct GemmShared {
     __device__ float* columns(int consumer) const {
         return reinterpret_cast<float*>(base + Config::kOffsetColumns +
                                         consumer * Config::kColumnsBytes);
+    }
+    __device__ float2* rows(int consumer) const {
+        return reinterpret_cast<float2*>(base + Config::kOffsetRows +
+                                         consumer * Config::kRowsBytes);
     }
     __device__ int part_offset(int consumer, int slot) const {
         return Config::kOffsetParts + (consumer * Config::kBuffers + slot) * Config::kPartBytes;

@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
         barrier_init(&w_loaded, 1);
         barrier_init_done();
         barrier_expect(&w_loaded, kChunks<kHeadDim> * rows * kChunkColumns * sizeof(T));
-        wait_for_kernel_before();  // nothing is read or written before w is here
         load_rows<kHeadDim>(w, rows, &w_map, &w_loaded, head, 0, batch);
         int next = blockIdx.x + ahead;  // about when this block ends
         if (next < gridDim.x) prefetch_head<kHeadDim>(&w_map, next, heads);
@@ -108,9 +107,11 @@ void attention_forward_short(const AttentionForward& args, cudaStream_t stream) 
         // Few heads: a block for each row tile, as long as all run at once.
         int blocks = args.batch * args.heads, tiles = ceil_div(args.n, kTile);
         bool few = blocks * tiles <= 2 * multiprocessors();
-        launch_early(kernel, dim3(blocks, few ? tiles : 1), kThreads, bytes(rows), stream, w, o,
-                     args.lse, args.n, rows, args.heads, args.scale, few ? kTile : args.n,
-                     4 * multiprocessors());
+        dim3 grid(blocks, few ? tiles : 1);
+        kernel<<<grid, kThreads, bytes(rows), stream>>>(w, o, args.lse, args.n, rows, args.heads,
+                                                        args.scale, few ? kTile : args.n,
+                                                        4 * multiprocessors());
+        check(cudaGetLastError(), "attention_forward_short");
     });
 }
 

@@ -87,7 +87,7 @@ def test_the_folded_dictionary(dtype):
         assert folded.dtype == dtype
         close([folded.diagonal() * scales], [gamma * (1 + gram.diagonal().float())], torch.float32)
         mean, rstd = stats.split(1, 1)
-        got = rstd * scales * (z.float() @ folded.float() - mean * sums) + shift
+        got = rstd * scales * (z.float() @ folded.float().mT - mean * sums) + shift
         u = torch.nn.functional.layer_norm(z, (d,), gamma.to(dtype), beta.to(dtype))
         exact = torch.nn.functional.layer_norm(z.double(), (d,), gamma.double(), beta.double())
         exact = {"y": exact + exact @ gram.double()}
