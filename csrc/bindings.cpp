@@ -163,6 +163,40 @@ void bind_attention(py::module_& module) {
                py::arg("batch"), py::arg("n"), py::arg("heads"));
 }
 
+// ---- a layer's norms
+
+void bind_block(py::module_& module) {
+    module.def(
+        "normalise_backward",
+        [](Pointer dh, Pointer z, Pointer skip, Pointer stats, Pointer gamma, Pointer beta,
+           Pointer dz, Pointer h, Pointer partials, int64_t rows, int d, bool masks, bool sums_dz,
+           const std::string& dtype, Pointer stream) {
+            const NormaliseBackward args{
+                .dh = at<const void>(dh),
+                .z = at<const void>(z),
+                .skip = at<const void>(skip),
+                .stats = at<const float>(stats),
+                .gamma = at<const float>(gamma),
+                .beta = at<const float>(beta),
+                .dz = at<void>(dz),
+                .h = at<void>(h),
+                .partials = at<float>(partials),
+                .rows = rows,
+                .d = d,
+                .masks = masks,
+                .sums_dz = sums_dz,
+                .dtype = dtype_named(dtype),
+            };
+            normalise_backward(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("dh"), py::arg("z"),
+        py::arg("skip"), py::arg("stats"), py::arg("gamma"), py::arg("beta"), py::arg("dz"),
+        py::arg("h"), py::arg("partials"), py::arg("rows"), py::arg("d"), py::arg("masks"),
+        py::arg("sums_dz"), py::arg("dtype"), py::arg("stream"));
+
+    module.def("normalise_backward_parts", &normalise_backward_parts);
+}
+
 // ---- ISTA
 
 void bind_ista(py::module_& module) {
@@ -269,5 +303,6 @@ void bind_ista(py::module_& module) {
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "The CUDA kernels of crate_kernels, for compute capability 9.0.";
     bind_attention(module);
+    bind_block(module);
     bind_ista(module);
 }

@@ -87,6 +87,30 @@ struct AttentionBackward {
 void attention_backward(const AttentionBackward& args, cudaStream_t stream);
 int64_t attention_backward_scratch(int batch, int n, int heads);  // bytes
 
+// With t = gamma dh and zhat = (z - mean) rstd, row by row:
+//     dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is, if it masks)
+//     h = gamma zhat + beta
+// and a part for each block of the sums over rows of dh zhat, dh and, where wanted, dz. Contiguous,
+// pointers multiples of 16 bytes; d a multiple of 8.
+struct NormaliseBackward {
+    const void* dh;      // (rows, d), float16 or bfloat16
+    const void* z;       // as dh
+    const void* skip;    // as dh, or null
+    const float* stats;  // (rows, 2): mean and rstd of each row
+    const float* gamma;  // (d)
+    const float* beta;   // (d)
+    void* dz;            // as dh
+    void* h;             // as dh, or null where unwanted
+    float* partials;     // (normalise_backward_parts(rows, d), 2 or 3, d)
+    int64_t rows;
+    int d;
+    bool masks, sums_dz;  // the latter only without skip
+    Dtype dtype;
+};
+void normalise_backward(const NormaliseBackward& args, cudaStream_t stream);
+int normalise_backward_parts(int64_t rows, int d);
+inline constexpr int kMostNormedColumns = 1024;
+
 // head_dim the attention kernels are built for.
 inline constexpr int kHeadDims[] = {48, 64, 80, 128};
 

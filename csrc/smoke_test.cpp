@@ -494,6 +494,98 @@ bool test_ista(const IstaCase& c) {
     return passed && same_g;
 }
 
+bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds) {
+    std::mt19937 generator(rows);
+    std::string name = std::string("norm's gradient ") + name_of(dtype) + " " +
+                       std::to_string(rows) + " x " + std::to_string(d) + (adds ? ", added" : "");
+    Round round = rounding_to(dtype);
+    size_t size = size_t(rows) * d;
+    Values dh = random_values(size, dtype, generator), z = random_values(size, dtype, generator),
+           skip = random_values(size, dtype, generator),
+           random = random_values(2 * d, Dtype::kFloat16, generator);
+    for (size_t i = 0; i < size; i += 3) z[i] = 0;
+    std::vector<float> gamma(random.begin(), random.begin() + d),
+        beta(random.begin() + d, random.end()), stats(2 * size_t(rows));
+    for (int i = 0; i < rows; ++i) {
+        double mean = 0, square = 1e-5;
+        for (int k = 0; k < d; ++k) mean += z[size_t(i) * d + k] / d;
+        for (int k = 0; k < d; ++k) square += std::pow(z[size_t(i) * d + k] - mean, 2) / d;
+        stats[2 * i] = mean, stats[2 * i + 1] = 1 / std::sqrt(square);
+    }
+    DeviceArray dh_in(to_bytes(dh, dtype)), z_in(to_bytes(z, dtype)),
+        skip_in(to_bytes(skip, dtype));
+    DeviceArray stats_in(stats), gamma_in(gamma), beta_in(beta);
+    DeviceArray<unsigned char> dz(z_in.size()), h(z_in.size());
+    const int parts = normalise_backward_parts(rows, d), n_sums = adds ? 2 : 3;
+    DeviceArray<float> partials(size_t(parts) * n_sums * d);
+    Bytes dz_of[2], h_of[2];
+    std::vector<float> partials_of[2];
+    for (int run = 0; run < 2; ++run) {
+        dz.poison(), h.poison(), partials.poison();
+        normalise_backward({.dh = dh_in.data(),
+                            .z = z_in.data(),
+                            .skip = adds ? skip_in.data() : nullptr,
+                            .stats = stats_in.data(),
+                            .gamma = gamma_in.data(),
+                            .beta = beta_in.data(),
+                            .dz = dz.data(),
+                            .h = h.data(),
+                            .partials = partials.data(),
+                            .rows = rows,
+                            .d = d,
+                            .masks = adds,
+                            .sums_dz = !adds,
+                            .dtype = dtype},
+                           nullptr);
+        check(cudaDeviceSynchronize());
+        dz_of[run] = dz.on_host(), h_of[run] = h.on_host(), partials_of[run] = partials.on_host();
+    }
+    bool passed = dz_of[0] == dz_of[1] && h_of[0] == h_of[1] && partials_of[0] == partials_of[1];
+    if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
+    Values want_dz(size), want_h(size), want_sums(size_t(n_sums) * d), sums(want_sums.size());
+    for (int i = 0; i < rows; ++i) {
+        const double mean = stats[2 * i], rstd = stats[2 * i + 1];
+        double along = 0, across = 0;
+        auto at = [&](int k) { return size_t(i) * d + k; };
+        auto zhat = [&](int k) { return (z[at(k)] - mean) * rstd; };
+        for (int k = 0; k < d; ++k) {
+            along += gamma[k] * dh[at(k)] / d;
+            across += gamma[k] * dh[at(k)] * zhat(k) / d;
+        }
+        for (int k = 0; k < d; ++k) {
+            double gradient = rstd * (gamma[k] * dh[at(k)] - along - zhat(k) * across);
+            if (adds) gradient = z[at(k)] == 0 ? 0 : gradient + skip[at(k)];
+            want_dz[at(k)] = gradient;
+            want_h[at(k)] = gamma[k] * zhat(k) + beta[k];
+            want_sums[k] += dh[at(k)] * zhat(k);
+            want_sums[d + k] += dh[at(k)];
+            if (!adds) want_sums[2 * d + k] += gradient;
+        }
+    }
+    for (size_t i = 0; i < partials_of[0].size(); ++i) sums[i % sums.size()] += partials_of[0][i];
+    auto rounded = [&](Values values) {
+        for (double& value : values) value = round(value);
+        return values;
+    };
+    passed &= close_enough(name + ", dz", from_bytes(dz_of[0], dtype), rounded(want_dz), want_dz, 2,
+                           unit_of(dtype));
+    passed &= close_enough(name + ", h", from_bytes(h_of[0], dtype), rounded(want_h), want_h, 2,
+                           unit_of(dtype));
+    return passed & close_enough(name + ", sums", sums, want_sums, want_sums, 2, 0x1p-18);
+}
+
+bool test_normalise_backward_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (auto [rows, d] :
+             {std::pair{40000, 64}, {1, 8}, {333, 264}, {5000, 768}, {700, 1024}}) {
+            passed &= test_normalise_backward(dtype, rows, d, false);
+            passed &= test_normalise_backward(dtype, rows, d, true);
+        }
+    }
+    return passed;
+}
+
 bool test_output_gradient(Dtype dtype, int rows, int d, int heads) {
     std::mt19937 generator(rows);
     const int inner = 64 * heads;
@@ -824,6 +916,7 @@ int main() {
         passed &= test_normed_projection_everywhere();
         passed &= test_residual_projection_everywhere();
         passed &= test_output_gradient_everywhere();
+        passed &= test_normalise_backward_everywhere();
         passed &= test_ista_everywhere();
         passed &= test_normed_ista_everywhere();
         return passed ? 0 : 1;

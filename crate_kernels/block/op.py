@@ -229,6 +229,10 @@ def _rows(attention: str, dictionary: str) -> Any:
         from . import torch_kernels
 
         return torch_kernels
+    if "cuda" in (attention, dictionary):
+        from . import cuda_kernels
+
+        return cuda_kernels
     from . import triton_kernels
 
     return triton_kernels

@@ -16,6 +16,7 @@ in a fixed order, so results are bitwise repeatable. The contracts are those of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -98,7 +99,7 @@ def fold_gram_kernel(
     G, GAMMA, BETA, FOLDED, SCALES, SUMS, SHIFT,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """FOLDED^T = diag(gamma) (I + G) diag(1 / SCALES) in its dtype, SUMS its column sums and SHIFT =
+    """FOLDED^T = diag(gamma) (I + G) diag(1 / SCALES) in its dtype, SUMS its column sums, SHIFT =
     beta (I + G), BLOCK_N columns a program. With the scales the diagonal is exact."""
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     diagonal = tl.load(G + col.to(tl.int64) * (D + 1), mask=col < D, other=0.0).to(tl.float32)
@@ -378,17 +379,24 @@ def normalise_backward(
     config, n_sums = backward_config(d), 3 if wants_sum else 2
     programs = min(triton.cdiv(n_rows, config.rows), config.programs * multiprocessors(z))
     partials = torch.empty(programs, n_sums, d, dtype=torch.float32, device=z.device)
-    sums = [torch.empty(d, dtype=torch.float32, device=z.device) for _ in range(n_sums)]
-    sums += [None] * (3 - n_sums)
-    with on_device_of(z):
-        if n_rows > 0:
+    if n_rows > 0:
+        with on_device_of(z):
             normalise_backward_kernel[(programs,)](
                 dh, z, stats, gamma, beta, skip, dz, h, partials, n_rows,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=skip is not None, WRITE_H=wants_h, SUM_DZ=wants_sum, MASK=masks,
                 num_warps=config.num_warps,
             )  # fmt: skip
+    return dz, h, *sum_partials(partials)
+
+
+def sum_partials(partials: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(parts, 2 or 3, D) summed over the parts, in order: two or three of (D,)."""
+    parts, n_sums, d = partials.shape
+    sums: Any = [torch.empty(d, dtype=torch.float32, device=partials.device) for _ in range(n_sums)]
+    sums += [None] * (3 - n_sums)
+    with on_device_of(partials):
         sum_partials_kernel[(triton.cdiv(d, 32), n_sums)](
-            partials, *sums, programs, D=d, SUMS=n_sums, PARTS=128, BLOCK=32, num_warps=4,
+            partials, *sums, parts, D=d, SUMS=n_sums, PARTS=128, BLOCK=32, num_warps=4,
         )  # fmt: skip
-    return dz, h, *sums
+    return tuple(sums)

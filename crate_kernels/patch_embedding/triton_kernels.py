@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..block.triton_kernels import sum_partials_kernel
+from ..block.triton_kernels import sum_partials
 from ..library import on_device_of
 from ..triton_common import multiprocessors
 from .torch_kernels import normalise_patches_backward  # seldom wanted: torch's own
@@ -189,14 +189,11 @@ def embed_backward(
     de = torch.empty_like(e)
     dpos = torch.empty(parts, tokens, d, dtype=torch.float32, device=e.device)
     sums = torch.empty(parts * tokens, 2, d, dtype=torch.float32, device=e.device)
-    dgamma, db = (torch.empty(d, dtype=torch.float32, device=e.device) for _ in range(2))
     with on_device_of(e):
         embed_backward_kernel[(parts * tokens,)](
             dx, e, shift, gamma, de, dpos, sums, batch, tokens, parts, eps,
             D=d, BLOCK=triton.next_power_of_2(d), ROWS=rows, HAS_CLS=has_cls,
             num_warps=4 * num_warps,
         )  # fmt: skip
-        sum_partials_kernel[(triton.cdiv(d, 32), 2)](
-            sums, dgamma, db, None, parts * tokens, D=d, SUMS=2, PARTS=128, BLOCK=32, num_warps=4,
-        )  # fmt: skip
+    dgamma, db, _ = sum_partials(sums)
     return de, db, dgamma, dpos.sum(0)

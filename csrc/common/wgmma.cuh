@@ -8,10 +8,8 @@
 // swizzle, as the copy engine writes them; a chunk starts at a multiple of 1024 bytes.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "barrier.cuh"
+#include "pack.cuh"
 
 namespace crate_kernels {
 
@@ -167,18 +165,5 @@ CRATE_WGMMA_OF(192, 96, 97, 98, 99, 100, 101, 102)
 
 #undef CRATE_WGMMA_OF
 #undef CRATE_WGMMA
-
-// ---- registers of D as A
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    if constexpr (__is_same(T, __half)) {
-        __half2 packed = __floats2half2_rn(low, high);
-        return reinterpret_cast<uint32_t&>(packed);
-    } else {
-        __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
-        return reinterpret_cast<uint32_t&>(packed);
-    }
-}
 
 }  // namespace crate_kernels

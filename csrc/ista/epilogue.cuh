@@ -8,15 +8,6 @@
 
 namespace crate_kernels {
 
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t packed) {
-    if constexpr (__is_same(T, __half)) {
-        return __half22float2(reinterpret_cast<__half2&>(packed));
-    } else {
-        return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(packed));
-    }
-}
-
 // What a thread has of 16 columns of a part, by pairs: columns 8 e + 2 pair and the next of row
 // 16 warp + group + 8 h.
 using Pairs = float2[2][2];  // [e][h]

@@ -118,6 +118,36 @@ def test_every_configuration_of_the_passes(d, adds):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [1, 37, 3001, 30011])
+@pytest.mark.parametrize("d", [8, 40, 256, 264, 384, 576, 768, 1000, 1024])
+def test_gradient_of_a_norm(d, rows, dtype):
+    """With and without a residual, h, the sum of dz, a mask."""
+    from crate_kernels.block import torch_kernels
+
+    kernels = pytest.importorskip("crate_kernels.block.cuda_kernels")
+    z, dh, skip = (torch.randn(rows, d, device="cuda").to(dtype) for _ in range(3))
+    z = torch.where(torch.rand(rows, d, device="cuda") < 0.3, 0, z)
+    gamma, beta = (torch.randn(d, device="cuda") for _ in range(2))
+    _, stats = triton_kernels.statistics(z, 1e-5, dtype)
+    given, eps = (dh, z, stats, gamma, beta), torch.finfo(dtype).eps
+    for adds, wants_h, wants_sum, masks in itertools.product((False, True), repeat=4):
+        if adds and wants_sum:
+            continue
+        options = (skip if adds else None, wants_h, wants_sum, masks)
+        got = kernels.normalise_backward(*given, *options)
+        again = kernels.normalise_backward(*given, *options)
+        exact = torch_kernels.normalise_backward(
+            *(t.double() for t in given), skip.double() if adds else None, *options[1:]
+        )
+        for a, b, c in zip(got, again, exact, strict=True):
+            assert (a is None and b is None and c is None) or torch.equal(a, b)
+            if a is not None:
+                # One rounding of an element, or a sum of float32 over the rows.
+                scale = c.abs().max().item()
+                torch.testing.assert_close(a.double(), c, rtol=eps, atol=eps * 1e-2 * scale)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 197, 6, 384), (1, 65, 1, 8), (40, 200, 12, 768)], ids=str)
 def test_gradient_and_row_sums_of_one_gemm(shape, dtype):
     """dO = dy V and rowsum(dO * O) of each head."""

@@ -1,0 +1,75 @@
+"""The passes over rows of a CRATE layer where there is csrc/: the norms' gradient is its kernel.
+
+What is left is Triton's. The contracts are those of torch_kernels.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import cuda_extension
+from ..library import on_device_of, stream_of
+from . import triton_kernels
+
+normalise = triton_kernels.normalise
+statistics = triton_kernels.statistics
+statistics_of_moments = triton_kernels.statistics_of_moments
+fold = triton_kernels.fold
+fold_gram = triton_kernels.fold_gram
+rounded = triton_kernels.rounded
+
+MOST_COLUMNS = 1024  # kMostNormedColumns of csrc/crate_kernels.h
+
+
+def normalise_backward(
+    dh: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    skip: Tensor | None,
+    wants_h: bool,
+    wants_sum: bool,
+    masks: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    d = z.shape[-1]
+    n_rows = z.numel() // d
+    tensors = [t for t in (dh, z, skip) if t is not None]
+    fits = all(t.dtype == z.dtype and t.data_ptr() % 16 == 0 for t in tensors)
+    if (
+        not fits
+        or z.dtype not in (torch.float16, torch.bfloat16)
+        or n_rows == 0
+        or d % 8 != 0
+        or d > MOST_COLUMNS
+        or (skip is not None and wants_sum)
+    ):
+        return triton_kernels.normalise_backward(
+            dh, z, stats, gamma, beta, skip, wants_h, wants_sum, masks
+        )
+    kernels, n_sums = cuda_extension.load(), 3 if wants_sum else 2
+    gamma, beta = gamma.float().contiguous(), beta.float().contiguous()
+    dz = torch.empty_like(z)
+    h = torch.empty_like(z) if wants_h else None
+    with on_device_of(z):
+        parts = kernels.normalise_backward_parts(n_rows, d)
+        partials = torch.empty(parts, n_sums, d, dtype=torch.float32, device=z.device)
+        kernels.normalise_backward(
+            dh=dh.data_ptr(),
+            z=z.data_ptr(),
+            skip=0 if skip is None else skip.data_ptr(),
+            stats=stats.data_ptr(),
+            gamma=gamma.data_ptr(),
+            beta=beta.data_ptr(),
+            dz=dz.data_ptr(),
+            h=0 if h is None else h.data_ptr(),
+            partials=partials.data_ptr(),
+            rows=n_rows,
+            d=d,
+            masks=masks,
+            sums_dz=wants_sum,
+            dtype=cuda_extension.DTYPES[z.dtype],
+            stream=stream_of(z),
+        )
+    return dz, h, *triton_kernels.sum_partials(partials)

@@ -1,0 +1,264 @@
+// The gradient of a LayerNorm, a warp a row: bound by memory, each tensor read once. docs/block.md
+//
+// Rows come into a ring of shared memory by bulk copies, kStages ahead of the warp that takes them,
+// and stay in its registers until they leave. A warp's rows are always the same ones, and its
+// shares of the sums over rows are added up in order: results are bitwise repeatable.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../common/bulk_copy.cuh"
+#include "../common/fragments.cuh"
+#include "../common/math.cuh"
+#include "../common/pack.cuh"
+#include "../common/tensor_map.h"
+#include "../crate_kernels.h"
+
+namespace crate_kernels {
+namespace {
+
+// kVectors of 8 elements a lane: rows of up to 256 kVectors.
+template <int kVectors, bool kAdds>
+struct RowsConfig {
+    static constexpr int kWarps = kVectors > 3 ? 8 : kVectors > 2 ? 12 : 16;  // by their registers
+    static constexpr int kStages = 4, kTensors = kAdds ? 3 : 2;
+    static constexpr int kMostSums = kAdds ? 2 : 3;
+    static constexpr int kColumns = 256 * kVectors;
+    static constexpr int kSlotBytes = kColumns * 2;  // of one tensor's row
+
+    static constexpr int kRingBytes = kWarps * kStages * kTensors * kSlotBytes;
+    static constexpr int kSumsBytes = kWarps * kMostSums * kColumns * sizeof(float);
+    static constexpr int kOffsetGamma = std::max(kRingBytes, kSumsBytes);
+    static constexpr int kOffsetBeta = kOffsetGamma + kColumns * sizeof(float);
+    static constexpr int kOffsetBarriers = kOffsetBeta + kColumns * sizeof(float);
+    static constexpr int kSharedBytes = kOffsetBarriers + kWarps * kStages * sizeof(Barrier);
+    static_assert(kSharedBytes <= 232448, "shared memory of a multiprocessor");
+};
+
+// Eight numbers of a vector, as two fours that lie apart: neighbouring lanes read neighbouring
+// ones.
+template <int kVectors>
+struct ColumnNumbers {
+    float4* fours;
+
+    __device__ void load(const float* from, int d) {
+        float* to = reinterpret_cast<float*>(fours);
+        for (int i = threadIdx.x; i < 256 * kVectors; i += blockDim.x) {
+            int vector = i / 8, half = i % 8 / 4;
+            to[(half * 32 * kVectors + vector) * 4 + i % 4] = i < d ? from[i] : 0;
+        }
+    }
+    __device__ __forceinline__ void read(float (&to)[8], int vector) const {
+        *reinterpret_cast<float4*>(&to[0]) = fours[vector];
+        *reinterpret_cast<float4*>(&to[4]) = fours[32 * kVectors + vector];
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ void unpack_eight(float (&to)[8], uint4 from) {
+    float2 a = unpack<T>(from.x), b = unpack<T>(from.y), c = unpack<T>(from.z),
+           d = unpack<T>(from.w);
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+    to[4] = c.x, to[5] = c.y, to[6] = d.x, to[7] = d.y;
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack_eight(const float (&from)[8]) {
+    return {pack<T>(from[0], from[1]), pack<T>(from[2], from[3]), pack<T>(from[4], from[5]),
+            pack<T>(from[6], from[7])};
+}
+
+// Both over the lanes of a warp.
+__device__ __forceinline__ float2 warp_sums(float2 x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        x.x += __shfl_xor_sync(0xFFFFFFFF, x.x, lanes);
+        x.y += __shfl_xor_sync(0xFFFFFFFF, x.y, lanes);
+    }
+    return x;
+}
+
+template <typename T, int kVectors, bool kAdds>
+__global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
+    normalise_backward_kernel(const NormaliseBackward p) {
+    using Config = RowsConfig<kVectors, kAdds>;
+    constexpr int kStages = Config::kStages, kTensors = Config::kTensors;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.d;
+
+    // shared memory
+    extern __shared__ __align__(128) char memory[];
+    char* ring = memory + warp * kStages * kTensors * Config::kSlotBytes;
+    ColumnNumbers<kVectors> gamma{reinterpret_cast<float4*>(memory + Config::kOffsetGamma)};
+    ColumnNumbers<kVectors> beta{reinterpret_cast<float4*>(memory + Config::kOffsetBeta)};
+    Barrier* loaded = reinterpret_cast<Barrier*>(memory + Config::kOffsetBarriers) + warp * kStages;
+    gamma.load(p.gamma, d);
+    beta.load(p.beta, d);
+    if (lane == 0) {
+        for (int stage = 0; stage < kStages; ++stage) barrier_init(loaded + stage, 1);
+        barrier_init_done();
+    }
+    __syncthreads();
+
+    // rows
+    const T* from[] = {static_cast<const T*>(p.dh), static_cast<const T*>(p.z),
+                       static_cast<const T*>(p.skip)};
+    auto slot_of = [&](int stage, int tensor) {
+        return ring + (stage * kTensors + tensor) * Config::kSlotBytes;
+    };
+    auto load = [&](int64_t row, int stage) {
+        if (row >= p.rows || lane > 0) return;
+        barrier_expect(loaded + stage, kTensors * d * sizeof(T));
+        for (int i = 0; i < kTensors; ++i) {
+            load_bytes(slot_of(stage, i), from[i] + row * d, d * sizeof(T), loaded + stage);
+        }
+    };
+    const int64_t first = int64_t(blockIdx.x) * Config::kWarps + warp;
+    const int64_t step = int64_t(gridDim.x) * Config::kWarps;
+    for (int stage = 0; stage < kStages; ++stage) load(first + stage * step, stage);
+    const float2* statistics = reinterpret_cast<const float2*>(p.stats);
+    float2 next = load_pair_now(statistics + min(first, p.rows - 1));
+    float sums[Config::kMostSums][kVectors][8] = {};  // of dh zhat, dh, dz
+    RingPosition at;
+    for (int64_t row = first; row < p.rows; row += step) {
+        auto [mean, rstd] = next;
+        next = load_pair_now(statistics + min(row + step, p.rows - 1));
+        barrier_wait(loaded + at.slot, at.parity);
+        auto is_inside = [&](int v) { return (v * 32 + lane) * 8 < d; };
+        auto read = [&](int v, int tensor) {
+            return reinterpret_cast<const uint4*>(slot_of(at.slot, tensor))[v * 32 + lane];
+        };
+        uint4 z[kVectors], skip[kVectors];
+        float t[kVectors][8], zhat[kVectors][8];
+        float2 total{0, 0};
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            if (!is_inside(v)) continue;
+            if constexpr (kAdds) skip[v] = read(v, 2);
+            z[v] = read(v, 1);
+            float dh[8], g[8];
+            unpack_eight<T>(dh, read(v, 0));
+            unpack_eight<T>(zhat[v], z[v]);
+            gamma.read(g, v * 32 + lane);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                zhat[v][i] = (zhat[v][i] - mean) * rstd;
+                t[v][i] = g[i] * dh[i];
+                sums[0][v][i] += dh[i] * zhat[v][i];
+                sums[1][v][i] += dh[i];
+                total.x += t[v][i];
+                total.y += t[v][i] * zhat[v][i];
+            }
+        }
+        total = warp_sums(total);
+        load(row + kStages * step, at.slot);  // the sums have come of all that was in the slot
+        at.advance<kStages>();
+        float along = total.x / d, across = total.y / d;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            if (!is_inside(v)) continue;
+            float dz[8], added[8], was[8];
+            if constexpr (kAdds) unpack_eight<T>(added, skip[v]);
+            if (p.masks) unpack_eight<T>(was, z[v]);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                dz[i] = rstd * (t[v][i] - along - zhat[v][i] * across);
+                if constexpr (kAdds) dz[i] += added[i];
+                if (p.masks && was[i] == 0) dz[i] = 0;
+                if constexpr (!kAdds) sums[2][v][i] += dz[i];
+            }
+            int64_t vector = (row * d) / 8 + v * 32 + lane;
+            static_cast<uint4*>(p.dz)[vector] = pack_eight<T>(dz);
+            if (p.h) {
+                float g[8], b[8], h[8];
+                gamma.read(g, v * 32 + lane);
+                beta.read(b, v * 32 + lane);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) h[i] = g[i] * zhat[v][i] + b[i];
+                static_cast<uint4*>(p.h)[vector] = pack_eight<T>(h);
+            }
+        }
+    }
+
+    // this block's share of the sums
+    __syncthreads();
+    float* shares = reinterpret_cast<float*>(memory);  // (kWarps, n_sums, kColumns)
+    const int n_sums = p.sums_dz ? 3 : 2;
+#pragma unroll
+    for (int which = 0; which < Config::kMostSums; ++which) {
+        if (which == n_sums) break;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            float* to = shares + (warp * n_sums + which) * Config::kColumns + (v * 32 + lane) * 8;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) to[i] = sums[which][v][i];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_sums * d; i += blockDim.x) {
+        int which = i / d, column = i % d;
+        float sum = 0;
+        for (int w = 0; w < Config::kWarps; ++w) {
+            sum += shares[(w * n_sums + which) * Config::kColumns + column];
+        }
+        p.partials[int64_t(blockIdx.x) * n_sums * d + i] = sum;
+    }
+}
+
+// Calls run<kVectors> for rows of d elements.
+template <typename Run>
+auto with_vectors(int d, const Run& run) {
+    if (d <= 256) return run.template operator()<1>();
+    if (d <= 512) return run.template operator()<2>();
+    if (d <= 768) return run.template operator()<3>();
+    return run.template operator()<4>();
+}
+
+int blocks_of(int64_t rows, int d) {
+    int warps = with_vectors(d, []<int kVectors>() { return RowsConfig<kVectors, true>::kWarps; });
+    return std::min<int64_t>(ceil_div(rows, warps), multiprocessors());
+}
+
+template <typename T, bool kAdds>
+void launch(const NormaliseBackward& args, cudaStream_t stream) {
+    with_vectors(args.d, [&]<int kVectors>() {
+        using Config = RowsConfig<kVectors, kAdds>;
+        auto kernel = normalise_backward_kernel<T, kVectors, kAdds>;
+        allow_shared_memory(kernel, Config::kSharedBytes);
+        kernel<<<blocks_of(args.rows, args.d), Config::kWarps * 32, Config::kSharedBytes, stream>>>(
+            args);
+        check(cudaGetLastError(), "normalise_backward");
+    });
+}
+
+void check_rows(int64_t rows, int d) {
+    if (rows < 1 || d < 8 || d > kMostNormedColumns || d % 8 != 0) {
+        throw std::invalid_argument(
+            "normalise_backward: expected rows, and d a multiple of 8 up to " +
+            std::to_string(kMostNormedColumns) + ", got " + std::to_string(rows) + " rows of " +
+            std::to_string(d));
+    }
+}
+
+}  // namespace
+
+int normalise_backward_parts(int64_t rows, int d) {
+    check_rows(rows, d);
+    return blocks_of(rows, d);
+}
+
+void normalise_backward(const NormaliseBackward& args, cudaStream_t stream) {
+    check_rows(args.rows, args.d);
+    if (args.dtype == Dtype::kFloat32 || (args.skip && args.sums_dz)) {
+        throw std::invalid_argument(
+            "normalise_backward: expected float16 or bfloat16, and the sum of dz only without "
+            "skip");
+    }
+    if (args.dtype == Dtype::kFloat16) {
+        args.skip ? launch<__half, true>(args, stream) : launch<__half, false>(args, stream);
+    } else {
+        args.skip ? launch<__nv_bfloat16, true>(args, stream)
+                  : launch<__nv_bfloat16, false>(args, stream);
+    }
+}
+
+}  // namespace crate_kernels
