@@ -24,7 +24,7 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
     if constexpr (__is_same(T, __half)) {
         return __half22float2(reinterpret_cast<__half2&>(packed));
     } else {
-        return __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(packed));
+        return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000)};
     }
 }
 

@@ -50,16 +50,6 @@ __device__ __forceinline__ bool write_statistics(RowStatistics* to, int row, boo
 // and sees it, or before i and is seen, or they are one tile.
 enum class Part { kBoth, kAfter, kBefore, kDiagonal };
 
-// The two values of a packed register.
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t packed) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __half22float2(reinterpret_cast<__half2&>(packed));
-    } else {
-        return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000)};
-    }
-}
-
 __device__ __forceinline__ float2 two(const float* at) {
     return *reinterpret_cast<const float2*>(at);
 }
