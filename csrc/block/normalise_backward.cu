@@ -21,6 +21,7 @@ namespace {
 template <int kVectors, bool kAdds>
 struct RowsConfig {
     static constexpr int kWarps = kVectors > 3 ? 8 : kVectors > 2 ? 12 : 16;  // by their registers
+    static constexpr bool kMayBeWhole = kAdds || kVectors > 3;                // likewise
     static constexpr int kStages = 4, kTensors = kAdds ? 3 : 2;
     static constexpr int kMostSums = kAdds ? 2 : 3;
     static constexpr int kColumns = 256 * kVectors;
@@ -78,7 +79,8 @@ __device__ __forceinline__ float2 warp_sums(float2 x) {
     return x;
 }
 
-template <typename T, int kVectors, bool kAdds>
+// kWhole: a row has all of the 256 kVectors columns.
+template <typename T, int kVectors, bool kAdds, bool kWhole>
 __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
     normalise_backward_kernel(const NormaliseBackward p) {
     using Config = RowsConfig<kVectors, kAdds>;
@@ -91,15 +93,13 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
     ColumnNumbers<kVectors> gamma{reinterpret_cast<float4*>(memory + Config::kOffsetGamma)};
     ColumnNumbers<kVectors> beta{reinterpret_cast<float4*>(memory + Config::kOffsetBeta)};
     Barrier* loaded = reinterpret_cast<Barrier*>(memory + Config::kOffsetBarriers) + warp * kStages;
-    gamma.load(p.gamma, d);
-    beta.load(p.beta, d);
     if (lane == 0) {
         for (int stage = 0; stage < kStages; ++stage) barrier_init(loaded + stage, 1);
         barrier_init_done();
     }
-    __syncthreads();
+    __syncwarp();
 
-    // rows
+    // rows, the first of which come while the rest gets ready
     const T* from[] = {static_cast<const T*>(p.dh), static_cast<const T*>(p.z),
                        static_cast<const T*>(p.skip)};
     auto slot_of = [&](int stage, int tensor) {
@@ -117,90 +117,119 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
     for (int stage = 0; stage < kStages; ++stage) load(first + stage * step, stage);
     const float2* statistics = reinterpret_cast<const float2*>(p.stats);
     float2 next = load_pair_now(statistics + min(first, p.rows - 1));
+    gamma.load(p.gamma, d);
+    beta.load(p.beta, d);
+    __syncthreads();
     float sums[Config::kMostSums][kVectors][8] = {};  // of dh zhat, dh, dz
+    const float share = 1.0f / d;
     RingPosition at;
     for (int64_t row = first; row < p.rows; row += step) {
-        auto [mean, rstd] = next;
+        const float rstd = next.y, shift = -next.x * rstd;  // zhat = rstd z + shift
         next = load_pair_now(statistics + min(row + step, p.rows - 1));
         barrier_wait(loaded + at.slot, at.parity);
-        auto is_inside = [&](int v) { return (v * 32 + lane) * 8 < d; };
-        auto read = [&](int v, int tensor) {
-            return reinterpret_cast<const uint4*>(slot_of(at.slot, tensor))[v * 32 + lane];
+        uint4 tensors[kTensors][kVectors];
+        auto is_inside = [&](int v) { return kWhole || (v * 32 + lane) * 8 < d; };
+        auto unpack_row = [&](float (&dh)[8], float (&zhat)[8], int v) {
+            unpack_eight<T>(dh, tensors[0][v]);
+            unpack_eight<T>(zhat, tensors[1][v]);
+#pragma unroll
+            for (float& z : zhat) z = rstd * z + shift;
         };
-        uint4 z[kVectors], skip[kVectors];
-        float t[kVectors][8], zhat[kVectors][8];
+
+        // its sums
         float2 total{0, 0};
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             if (!is_inside(v)) continue;
-            if constexpr (kAdds) skip[v] = read(v, 2);
-            z[v] = read(v, 1);
-            float dh[8], g[8];
-            unpack_eight<T>(dh, read(v, 0));
-            unpack_eight<T>(zhat[v], z[v]);
+#pragma unroll
+            for (int i = 0; i < kTensors; ++i) {
+                const uint4* slot = reinterpret_cast<const uint4*>(slot_of(at.slot, i));
+                tensors[i][v] = slot[v * 32 + lane];
+            }
+            float dh[8], zhat[8], g[8];
+            unpack_row(dh, zhat, v);
             gamma.read(g, v * 32 + lane);
+            float2 of_vector{0, 0};
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                zhat[v][i] = (zhat[v][i] - mean) * rstd;
-                t[v][i] = g[i] * dh[i];
-                sums[0][v][i] += dh[i] * zhat[v][i];
+                float t = g[i] * dh[i];
+                of_vector.x += t;
+                of_vector.y += t * zhat[i];
+                sums[0][v][i] += dh[i] * zhat[i];
                 sums[1][v][i] += dh[i];
-                total.x += t[v][i];
-                total.y += t[v][i] * zhat[v][i];
             }
+            total.x += of_vector.x;
+            total.y += of_vector.y;
+            asm volatile("" ::: "memory");  // a vector at a time, in few registers
         }
         total = warp_sums(total);
         load(row + kStages * step, at.slot);  // the sums have come of all that was in the slot
         at.advance<kStages>();
-        float along = total.x / d, across = total.y / d;
+
+        // what it becomes: dz = rstd t - along - across zhat
+        const float along = rstd * share * total.x, across = rstd * share * total.y;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             if (!is_inside(v)) continue;
-            float dz[8], added[8], was[8];
-            if constexpr (kAdds) unpack_eight<T>(added, skip[v]);
-            if (p.masks) unpack_eight<T>(was, z[v]);
+            float dz[8], zhat[8], g[8], added[8];
+            unpack_row(dz, zhat, v);
+            gamma.read(g, v * 32 + lane);
+            if constexpr (kAdds) unpack_eight<T>(added, tensors[2][v]);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                dz[i] = rstd * (t[v][i] - along - zhat[v][i] * across);
+                dz[i] = rstd * g[i] * dz[i] - along - across * zhat[i];
                 if constexpr (kAdds) dz[i] += added[i];
-                if (p.masks && was[i] == 0) dz[i] = 0;
-                if constexpr (!kAdds) sums[2][v][i] += dz[i];
             }
-            int64_t vector = (row * d) / 8 + v * 32 + lane;
+            if (p.masks) {
+                float z[8];
+                unpack_eight<T>(z, tensors[1][v]);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) dz[i] = z[i] == 0 ? 0 : dz[i];
+            }
+            if constexpr (!kAdds) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sums[2][v][i] += dz[i];
+            }
+            int64_t vector = row * (d / 8) + v * 32 + lane;
             static_cast<uint4*>(p.dz)[vector] = pack_eight<T>(dz);
             if (p.h) {
-                float g[8], b[8], h[8];
-                gamma.read(g, v * 32 + lane);
+                float b[8];
                 beta.read(b, v * 32 + lane);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) h[i] = g[i] * zhat[v][i] + b[i];
-                static_cast<uint4*>(p.h)[vector] = pack_eight<T>(h);
+                for (int i = 0; i < 8; ++i) b[i] += g[i] * zhat[i];
+                static_cast<uint4*>(p.h)[vector] = pack_eight<T>(b);
             }
+            asm volatile("" ::: "memory");
         }
     }
 
-    // this block's share of the sums
+    // this block's share of the sums, fours of a warp side by side as in ColumnNumbers
     __syncthreads();
-    float* shares = reinterpret_cast<float*>(memory);  // (kWarps, n_sums, kColumns)
-    const int n_sums = p.sums_dz ? 3 : 2;
+    constexpr int kFours = Config::kColumns / 4;
+    float4* shares = reinterpret_cast<float4*>(memory);  // (kWarps, kMostSums, kFours)
 #pragma unroll
     for (int which = 0; which < Config::kMostSums; ++which) {
-        if (which == n_sums) break;
+        float4* to = shares + (warp * Config::kMostSums + which) * kFours;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            float* to = shares + (warp * n_sums + which) * Config::kColumns + (v * 32 + lane) * 8;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) to[i] = sums[which][v][i];
+            const float (&of)[8] = sums[which][v];
+            to[v * 32 + lane] = {of[0], of[1], of[2], of[3]};
+            to[(kVectors + v) * 32 + lane] = {of[4], of[5], of[6], of[7]};
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n_sums * d; i += blockDim.x) {
-        int which = i / d, column = i % d;
-        float sum = 0;
+    const int n_sums = p.sums_dz ? 3 : 2;
+    for (int i = threadIdx.x; i < n_sums * kFours; i += blockDim.x) {
+        int which = i / kFours, four = i % kFours, vector = four % (kFours / 2);
+        int column = vector * 8 + (four < kFours / 2 ? 0 : 4);
+        if (column >= d) continue;
+        float4 sum{};
         for (int w = 0; w < Config::kWarps; ++w) {
-            sum += shares[(w * n_sums + which) * Config::kColumns + column];
+            float4 share = shares[(w * Config::kMostSums + which) * kFours + four];
+            sum.x += share.x, sum.y += share.y, sum.z += share.z, sum.w += share.w;
         }
-        p.partials[int64_t(blockIdx.x) * n_sums * d + i] = sum;
+        float* to = p.partials + (int64_t(blockIdx.x) * n_sums + which) * d + column;
+        *reinterpret_cast<float4*>(to) = sum;
     }
 }
 
@@ -222,7 +251,12 @@ template <typename T, bool kAdds>
 void launch(const NormaliseBackward& args, cudaStream_t stream) {
     with_vectors(args.d, [&]<int kVectors>() {
         using Config = RowsConfig<kVectors, kAdds>;
-        auto kernel = normalise_backward_kernel<T, kVectors, kAdds>;
+        auto kernel = normalise_backward_kernel<T, kVectors, kAdds, false>;
+        if constexpr (Config::kMayBeWhole) {
+            if (args.d == Config::kColumns) {
+                kernel = normalise_backward_kernel<T, kVectors, kAdds, true>;
+            }
+        }
         allow_shared_memory(kernel, Config::kSharedBytes);
         kernel<<<blocks_of(args.rows, args.d), Config::kWarps * 32, Config::kSharedBytes, stream>>>(
             args);
