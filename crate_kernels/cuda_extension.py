@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 MODULE = "crate_kernels._cuda"
 CAPABILITY = "9.0"
@@ -44,3 +45,20 @@ def against(device_type: str, device_index: int | None) -> tuple[str, ...]:
         except Exception as error:  # whatever the loader has against it: an old C library, say
             reasons.append(f"built, but cannot be loaded: {error}")
     return tuple(reasons)
+
+
+# ---- what the kernels ask of tensors
+
+
+def readable(t: Tensor) -> Tensor:
+    """t itself where bulk copies can read it (contiguous, at a multiple of 16 bytes), or a copy."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def moments_shape(rows: int, d: int) -> tuple[int, ...]:
+    """Of the moments that a GEMM writes of (rows, d), which there are where 64 divides d: of each
+    192 or 128 elements of a row (moments_span in csrc/crate_kernels.h) their sum and the sum of
+    their squares."""
+    span = 192 if d % 192 == 0 else 128
+    return ((d + span - 1) // span, rows, 2) if d % 64 == 0 else (0,)

@@ -195,6 +195,7 @@ void bind_block(py::module_& module) {
         py::arg("sums_dz"), py::arg("dtype"), py::arg("stream"));
 
     module.def("normalise_backward_parts", &normalise_backward_parts);
+    module.attr("most_normed_columns") = kMostNormedColumns;
 }
 
 // ---- ISTA
@@ -294,6 +295,7 @@ void bind_ista(py::module_& module) {
         py::arg("dtype"), py::arg("stream"));
 
     module.def("ista_mask_bytes", &ista_mask_bytes);
+    module.def("moments_span", &moments_span);
     module.def("ista_weight_parts", &ista_weight_parts);
 }
 

@@ -91,7 +91,7 @@ int64_t attention_backward_scratch(int batch, int n, int heads);  // bytes
 //     dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is, if it masks)
 //     h = gamma zhat + beta
 // and a part for each block of the sums over rows of dh zhat, dh and, where wanted, dz. Contiguous,
-// pointers multiples of 16 bytes; d a multiple of 8.
+// pointers multiples of 16 bytes; d a multiple of 8 up to kMostNormedColumns.
 struct NormaliseBackward {
     const void* dh;      // (rows, d), float16 or bfloat16
     const void* z;       // as dh

@@ -150,7 +150,7 @@ def test_gradients_are_as_compiled_code_expects_them(memory):
     leaves = [inputs[name] for name in ("x", *PARAMETERS)]
     ops, options, places = torch.ops.crate_kernels, (2, 8**-0.5, False, 1e-5, 0.1), (False, False)
     rest = (*places, memory, "reference", "reference")
-    given = (*leaves, None, None, [], torch.bfloat16, *options, 0.1)
+    given = (*leaves, None, None, [], [], torch.bfloat16, *options, 0.1)
     y, _, xc, *kept, _ = ops.crate_block(*given, *rest)
     given = (torch.ones_like(y), xc, *kept, y, *leaves[1:], [True] * 9, *options)
     found = ops.crate_block_backward(*given, *rest)

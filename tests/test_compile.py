@@ -110,7 +110,7 @@ def test_opcheck_crate_block(memory, c_dtype, out, follows):
     given = [inputs.get(name) for name in ("x", *PARAMETERS)]
     dtype = getattr(torch, c_dtype)
     end = (follows, False, memory, "reference", "reference")
-    rest = (None, None, [], dtype, 2, 0.5, False, 1e-5, 0.1, 0.1, *end)
+    rest = (None, None, [], [], dtype, 2, 0.5, False, 1e-5, 0.1, 0.1, *end)
     torch.library.opcheck(OPS.crate_block, (*given, *rest))
     if memory == "none":
         return

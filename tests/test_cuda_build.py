@@ -12,6 +12,8 @@ import pytest
 from building import PATH, ROOT, build, copy_source, missing_tools
 
 from crate_kernels import backends
+from crate_kernels.block.cuda_kernels import MOST_COLUMNS
+from crate_kernels.cuda_extension import moments_shape
 from crate_kernels.ista.cuda_kernels import mask_bytes
 
 pytestmark = pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}")
@@ -87,16 +89,23 @@ def test_the_extension_loads_and_refuses_without_a_gpu(built):
     assert len(done.stdout.splitlines()) == 3
 
 
-def test_the_mask_has_the_size_that_python_allocates(built):
+def test_sizes_are_those_that_python_allocates(built):
     shapes = [(1, 8), (128, 64), (129, 72), (25216, 768), (70_000, 1032)]
-    code = "from crate_kernels import cuda_extension as e; b = e.load().ista_mask_bytes; " + (
-        f"print(*(b(*shape) for shape in {shapes}))"
+    widths = range(64, 4096, 64)
+    code = (
+        "from crate_kernels import cuda_extension; kernels = cuda_extension.load()\n"
+        f"print(*(kernels.ista_mask_bytes(*shape) for shape in {shapes}))\n"
+        f"print(*(-(-d // kernels.moments_span(d)) for d in {widths}))\n"
+        "print(kernels.most_normed_columns)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=built[0] / "installed", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert [*map(int, done.stdout.split())] == [mask_bytes(*shape) for shape in shapes]
+    masks, spans, most = ([*map(int, line.split())] for line in done.stdout.splitlines())
+    assert masks == [mask_bytes(*shape) for shape in shapes]
+    assert spans == [moments_shape(1, d)[0] for d in widths]
+    assert most == [MOST_COLUMNS]
 
 
 def test_the_test_in_cpp_links_and_is_skipped_without_a_gpu(built):

@@ -22,6 +22,11 @@ rounded = triton_kernels.rounded
 MOST_COLUMNS = 1024  # kMostNormedColumns of csrc/crate_kernels.h
 
 
+def takes_rows(d: int, adds: bool) -> bool:
+    """Whether the CUDA kernel was measured to win over Triton's (docs/block.md)."""
+    return 512 < d <= 768 if adds else d <= MOST_COLUMNS
+
+
 def normalise_backward(
     dh: Tensor,
     z: Tensor,
@@ -33,21 +38,32 @@ def normalise_backward(
     wants_sum: bool,
     masks: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    d, tensors = z.shape[-1], [t for t in (dh, z, skip) if t is not None]
+    fits = (
+        z.numel() > 0
+        and z.dtype in (torch.float16, torch.bfloat16)
+        and d % 8 == 0
+        and all(t.dtype == z.dtype and t.data_ptr() % 16 == 0 for t in tensors)
+        and not (skip is not None and wants_sum)
+    )
+    by_cuda = fits and takes_rows(d, skip is not None)
+    run = normalise_backward_by_cuda if by_cuda else triton_kernels.normalise_backward
+    return run(dh, z, stats, gamma, beta, skip, wants_h, wants_sum, masks)
+
+
+def normalise_backward_by_cuda(
+    dh: Tensor,
+    z: Tensor,
+    stats: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    skip: Tensor | None,
+    wants_h: bool,
+    wants_sum: bool,
+    masks: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     d = z.shape[-1]
     n_rows = z.numel() // d
-    tensors = [t for t in (dh, z, skip) if t is not None]
-    fits = all(t.dtype == z.dtype and t.data_ptr() % 16 == 0 for t in tensors)
-    if (
-        not fits
-        or z.dtype not in (torch.float16, torch.bfloat16)
-        or n_rows == 0
-        or d % 8 != 0
-        or d > MOST_COLUMNS
-        or (skip is not None and wants_sum)
-    ):
-        return triton_kernels.normalise_backward(
-            dh, z, stats, gamma, beta, skip, wants_h, wants_sum, masks
-        )
     kernels, n_sums = cuda_extension.load(), 3 if wants_sum else 2
     gamma, beta = gamma.float().contiguous(), beta.float().contiguous()
     dz = torch.empty_like(z)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_heads, check_number, check_tensors, refuse
+from ..cuda_extension import moments_shape
 from ..ista.gram_cache import cached_gram
 from ..ista.op import _kernels as _ista_kernels
 from ..library import autocast_dtype, define, define_gradient, outlives_the_call, sum_over_tokens
@@ -117,7 +118,8 @@ def chained_block(
     memory: str,
     gram: Tensor | None,
     backend: str,
-    folded: Sequence[Tensor] = (),
+    folded_qkv: Sequence[Tensor] = (),
+    folded_gram: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """:func:`crate_block` in a row of them, where the y of one is the x of the next and goes
     nowhere else: y, and its moments (or an empty tensor), which the next one takes with it.
@@ -129,8 +131,8 @@ def chained_block(
             passes no gradient where y = 0: a layer that follows returns its dx with zeros there
             already, so that the one that precedes it need not mask its dy. The gradients are wrong
             if two layers are not told the same of what is between them.
-        folded: what :func:`fold` makes of the weights and the norms, if it is there already; used
-            as gram is.
+        folded_qkv, folded_gram: what :func:`fold_norms` makes of w_qkv and of G, if it is there
+            already; used as gram is.
     """
     _check_block(x, parameters, heads)
     _check_options("crate_block", scale, causal)
@@ -145,9 +147,12 @@ def chained_block(
     attention = backends.choose("crate_block", backend, x, dtype, head_dim)
     dictionary = backends.choose("ista", backend, x, dtype, None)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if gram is not None and (gram.shape, gram.dtype) != (weight.shape, dtype):
-        wanted = f"gram of shape {tuple(weight.shape)} and {dtype}"
-        refuse("crate_block", wanted, f"{tuple(gram.shape)}, {gram.dtype}")
+    if gram is not None:
+        found = (gram.shape, gram.dtype, gram.device)
+        if found != (weight.shape, dtype, weight.device):
+            wanted = f"gram of shape {tuple(weight.shape)} and {dtype} on {weight.device}"
+            refuse("crate_block", wanted, f"{tuple(gram.shape)}, {gram.dtype}, {gram.device}")
+        gram = gram.contiguous()
     wants_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *parameters)
     )
@@ -158,8 +163,8 @@ def chained_block(
     numbers = (heads, scale, causal, float(eps), float(step_size), float(lambd))
     places = (follows, precedes)
     y, moments, *_ = torch.ops.crate_kernels.crate_block(
-        x, *parameters, moments, gram, list(folded), dtype, *numbers, *places,
-        memory, attention, dictionary,
+        x, *parameters, moments, gram, list(folded_qkv), list(folded_gram), dtype, *numbers,
+        *places, memory, attention, dictionary,
     )  # fmt: skip
     return y, moments
 
@@ -251,19 +256,25 @@ def _in_gemm_dtype(flat: Tensor, *weights: Tensor | None) -> list[Any]:
     return [None if t is None else p.view(t.shape) for t, p in zip(weights, parts, strict=True)]
 
 
-def fold(
+def fold_norms(
     norm1: tuple[Tensor, Tensor],
     w_qkv: Tensor,
+    w_out: Tensor | None,
     norm2: tuple[Tensor, Tensor],
     gram: Tensor,
     attention: str,
-) -> tuple[Tensor, ...]:
-    """What the GEMMs that norm their products take in place of w_qkv and G, for
-    :func:`chained_block`; empty where no kernel does."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What the GEMMs that norm their products take in place of w_qkv and of G, for
+    :func:`chained_block`; empty where none does."""
     if attention != "cuda":
-        return ()
-    rows = _rows(attention, attention)
-    return *rows.fold(w_qkv, *norm1, gram.dtype), *rows.fold_gram(gram, *norm2)
+        return (), ()
+    from . import cuda_kernels
+
+    dictionary = _norms_products(gram, w_out, gram.dtype, attention, "cuda")
+    return (
+        cuda_kernels.fold(w_qkv, *norm1, gram.dtype),
+        cuda_kernels.fold_gram(gram, *norm2) if dictionary else (),
+    )
 
 
 def _project(
@@ -301,7 +312,7 @@ def _norms_products(
     x: Tensor, w_out: Tensor | None, dtype: torch.dtype, attention: str, dictionary: str
 ) -> bool:
     """Whether y = ISTA(LN(z)) is made of z and its moments, without the rows of u."""
-    by_cuda = attention == dictionary == "cuda" and w_out is not None
+    by_cuda = attention == dictionary == "cuda" and w_out is not None and x.numel() > 0
     return by_cuda and x.dtype == dtype and x.shape[-1] % 64 == 0
 
 
@@ -317,7 +328,8 @@ def _forward(
     weight: Tensor,
     moments: Tensor | None,
     gram: Tensor | None,
-    folded: list[Tensor],
+    folded_qkv: list[Tensor],
+    folded_gram: list[Tensor],
     dtype: torch.dtype,
     heads: int,
     scale: float,
@@ -341,13 +353,13 @@ def _forward(
         return x.new_empty(0, dtype=dtype)
 
     if memory != "none":  # the weights may change before the next call
-        gram, folded = None, []
+        gram, folded_qkv, folded_gram = None, [], []
     makes_gram = gram is None and _are_rounded(weights, dtype)
     flat = rows.rounded(*weights, dtype) if makes_gram else empty()
     wc_qkv, wc_out, wc = _in_gemm_dtype(flat, *weights)
     norm1, norm2 = (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
     xc, h, w, stats1 = _project(
-        x, moments, None, norm1, w_qkv, wc_qkv, folded[:3], eps, dtype, rows, attention
+        x, moments, None, norm1, w_qkv, wc_qkv, folded_qkv, eps, dtype, rows, attention
     )
     del h
     kernels = _attention_kernels(attention)
@@ -359,9 +371,13 @@ def _forward(
     wants_mask = dictionary == "cuda" and memory != "none" and not precedes
     if _norms_products(x, w_out, dtype, attention, dictionary):
         z, moments = kernels.residual_projection(o, x, wc_out, b_out)
+        if memory == "none":
+            o = empty()
         stats2 = rows.statistics_of_moments(moments, x.shape[-1], eps)
-        normed = folded[3:] or rows.fold_gram(gram, *norm2)
-        y, mask, moments = ista.apply_normed(z, stats2, normed, threshold, wants_mask, precedes)
+        folded_gram = folded_gram or rows.fold_gram(gram, *norm2)
+        y, mask, moments = ista.apply_normed(
+            z, stats2, folded_gram, threshold, wants_mask, precedes
+        )
     else:
         p = o if w_out is None else _linear(o, wc_out)
         z, u, stats2 = rows.normalise(x, p, b_out, *norm2, eps, dtype)
@@ -474,7 +490,7 @@ def _backward(
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, _, w_qkv, w_out, _, _, _, weight = rest[:8]
-    _, _, _, dtype, heads, *_, precedes, memory, _, dictionary = rest[8:]
+    _, _, _, _, dtype, heads, *_, precedes, memory, _, dictionary = rest[8:]
     n_rows, d = x.shape[0] * x.shape[1], x.shape[2]
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -482,7 +498,7 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return x.new_empty(shape, dtype=dtype)
 
     y, kernels, by_cuda = new(*x.shape), _ista_kernels(dictionary), dictionary == "cuda"
-    shape = kernels.moments_shape(n_rows, d) if by_cuda and precedes else (0,)
+    shape = moments_shape(n_rows, d) if by_cuda and precedes else (0,)
     moments = new(*shape, dtype=torch.float32)
     if memory == "none":
         return y, moments, *(new(0) for _ in range(10))
@@ -510,7 +526,7 @@ def _backward_fake(dy: Tensor, xc: Tensor, *rest: Any) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *parameters = inputs[:9]
     y, _, xc, *kept, mask = output
-    ctx.x_dtype, ctx.options = x.dtype, (*inputs[13:18], *inputs[19:])  # all but lambd
+    ctx.x_dtype, ctx.options = x.dtype, (*inputs[14:19], *inputs[20:])  # all but lambd
     positive = mask if inputs[-1] == "cuda" else y
     # An empty xc stands for x itself.
     ctx.save_for_backward(x if xc.shape != x.shape else xc, *kept, positive, *parameters)
@@ -520,7 +536,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 24
+        return (None,) * 25
     wants = list(ctx.needs_input_grad[:9])
     found = torch.ops.crate_kernels.crate_block_backward(
         dy, *ctx.saved_tensors, wants, *ctx.options
@@ -528,17 +544,17 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
     gradients = [g if want else None for g, want in zip(found, wants, strict=True)]
     if gradients[0] is not None:
         gradients[0] = gradients[0].to(ctx.x_dtype)
-    return (*gradients, *(None for _ in range(15)))
+    return (*gradients, *(None for _ in range(16)))
 
 
 define(
     "crate_block(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor w_qkv, Tensor? w_out,"
     " Tensor? b_out, Tensor norm2_weight, Tensor norm2_bias, Tensor weight, Tensor? moments,"
-    " Tensor? gram, Tensor[] folded, ScalarType dtype, int heads, float scale, bool causal,"
-    " float eps, float step_size, float lambd, bool follows, bool precedes, str memory,"
-    " str attention, str dictionary) -> (Tensor y, Tensor y_moments, Tensor xc, Tensor stats1,"
-    " Tensor w, Tensor o, Tensor lse, Tensor z, Tensor stats2, Tensor flat, Tensor made_gram,"
-    " Tensor mask)",
+    " Tensor? gram, Tensor[] folded_qkv, Tensor[] folded_gram, ScalarType dtype, int heads,"
+    " float scale, bool causal, float eps, float step_size, float lambd, bool follows,"
+    " bool precedes, str memory, str attention, str dictionary) -> (Tensor y, Tensor y_moments,"
+    " Tensor xc, Tensor stats1, Tensor w, Tensor o, Tensor lse, Tensor z, Tensor stats2,"
+    " Tensor flat, Tensor made_gram, Tensor mask)",
     _forward,
     _forward_fake,
 )

@@ -97,15 +97,20 @@ def fold_kernel(
 @triton.jit
 def fold_gram_kernel(
     G, GAMMA, BETA, FOLDED, SCALES, SUMS, SHIFT,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """FOLDED^T = diag(gamma) (I + G) diag(1 / SCALES) in its dtype, SUMS its column sums, SHIFT =
-    beta (I + G), BLOCK_N columns a program. With the scales the diagonal is exact."""
+    beta (I + G), BLOCK_N columns a program. With the scales the diagonal is exact, and a small
+    gamma does not make the rest too small for the dtype."""
+    all_gamma = tl.load(GAMMA + tl.arange(0, BLOCK), mask=tl.arange(0, BLOCK) < D, other=0.0)
+    largest = tl.max(tl.abs(all_gamma.to(tl.float32)), 0)
+    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    unit = tl.where((unit > 0) & (unit < float("inf")), unit, 1.0)  # a power of two
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    diagonal = tl.load(G + col.to(tl.int64) * (D + 1), mask=col < D, other=0.0).to(tl.float32)
-    diagonal = (1 + diagonal) * tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
+    diagonal = 1 + tl.load(G + col.to(tl.int64) * (D + 1), mask=col < D, other=0.0).to(tl.float32)
+    diagonal *= tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32) / unit
     rounded = diagonal.to(FOLDED.dtype.element_ty).to(tl.float32)
-    scale = tl.where(rounded == 0, 1.0, diagonal / tl.where(rounded == 0, 1.0, rounded))
+    scale = unit * tl.where(rounded == 0, 1.0, diagonal / tl.where(rounded == 0, 1.0, rounded))
     sums = tl.zeros((BLOCK_N,), tl.float32)
     shift = tl.zeros((BLOCK_N,), tl.float32)
     for first in tl.static_range(0, D, BLOCK_K):
@@ -342,7 +347,7 @@ def fold_gram(gram: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor
     with on_device_of(gram):
         fold_gram_kernel[(triton.cdiv(d, 8),)](
             gram, gamma.contiguous(), beta.contiguous(), folded, scales, sums, shift,
-            D=d, BLOCK_K=256, BLOCK_N=8, num_warps=4,
+            D=d, BLOCK=triton.next_power_of_2(d), BLOCK_K=256, BLOCK_N=8, num_warps=4,
         )  # fmt: skip
     return folded, scales, sums, shift
 

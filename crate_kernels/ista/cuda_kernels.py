@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_extension
+from ..cuda_extension import moments_shape, readable
 from ..library import on_device_of, stream_of
 from . import triton_kernels
 
@@ -52,13 +53,6 @@ def apply_gram_and_mask(
     return _forward(x, xc, gram, threshold, mask=mask), mask
 
 
-def moments_shape(rows: int, d: int) -> tuple[int, ...]:
-    """Of the moments of (rows, d), which there are where 64 divides d: of each 192 or 128 elements
-    of a row their sum and the sum of their squares (moments_span of csrc/crate_kernels.h)."""
-    span = 192 if d % 192 == 0 else 128
-    return ((d + span - 1) // span, rows, 2) if d % 64 == 0 else (0,)
-
-
 def apply_gram_and_moments(x: Tensor, gram: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """y = relu(x + x G - threshold) and the moments of its rows."""
     d = x.shape[-1]
@@ -78,7 +72,7 @@ def apply_normed(
     """y = relu(u + u G - threshold) of u = LN(z), from z, mean and rstd of its rows, and G as
     block/triton_kernels.py folds it; the bits and the moments where wanted."""
     weight, scales, sums, shift = normed
-    z, d = _readable(z), z.shape[-1]
+    z, d = readable(z), z.shape[-1]
     rows = z.numel() // d
     y, mask, moments = torch.empty_like(z), None, None
     if wants_mask:
@@ -102,10 +96,8 @@ def _forward(
     moments: Tensor | None = None,
 ) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, xc.dtype), device=x.device)
-    if y.numel() == 0:
-        return y
     x = xc if x.dtype == xc.dtype else x.to(y.dtype)
-    x, xc = _readable(x), _readable(xc)
+    x, xc = readable(x), readable(xc)
     _launch(
         "ista_forward", xc,
         x=x, xc=xc, gram=gram, y=y, mask=mask, moments=moments, threshold=threshold,
@@ -118,7 +110,7 @@ def input_gradient(
     dy: Tensor, mask: Tensor, gram: Tensor, wants_x: bool = True, wants_g: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx = g + g G^T in the dtype of dy, and g = dy where the mask is set in that of G."""
-    dy = _readable(dy)
+    dy = readable(dy)
     dx = torch.empty_like(dy) if wants_x else None
     g = torch.empty_like(dy, dtype=gram.dtype) if wants_g or dy.dtype != gram.dtype else None
     _launch(
@@ -130,7 +122,7 @@ def input_gradient(
 
 def gradient_of_masked(g: Tensor, gram: Tensor) -> Tensor:
     """g + g G^T"""
-    g = _readable(g)
+    g = readable(g)
     dx = torch.empty_like(g)
     _launch(
         "ista_backward", g,
@@ -143,8 +135,10 @@ def weight_gradient(
     xc: Tensor, g: Tensor, weight: Tensor, step_size: float, wc: Tensor | None = None
 ) -> Tensor:
     """dW = eta (M - W (M + M^T)), M = xc^T g summed in parts of the tokens, in float32."""
-    xc = _readable(xc)
+    xc = readable(xc)
     d = xc.shape[-1]
+    if xc.numel() == 0:
+        return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     with on_device_of(xc):
         partials = cuda_extension.load().ista_weight_parts(xc.numel() // d, d)
     m = torch.empty(d, d, dtype=torch.float32, device=xc.device)
@@ -155,17 +149,14 @@ def weight_gradient(
         "ista_weight", xc,
         x=xc, g=g, partials=m.new_empty(partials, d, d), m=m, both=both, dtype=xc.dtype,
     )  # fmt: skip
-    return triton_kernels._weight_gradient_of_sums(m, both, weight, step_size, xc.dtype, wc)
-
-
-def _readable(t: Tensor) -> Tensor:
-    """t itself where bulk copies can read it (contiguous, at a multiple of 16 bytes), or a copy."""
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
+    return triton_kernels.weight_gradient_of_sums(m, both, weight, step_size, xc.dtype, wc)
 
 
 def _launch(name: str, like: Tensor, **arguments: Any) -> None:
-    """Call the launcher on the rows of ``like``: tensors by address, dtypes by name."""
+    """Call the launcher on the rows of ``like``, if there are any: tensors by address, dtypes by
+    name."""
+    if like.numel() == 0:
+        return
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.dtype):

@@ -313,10 +313,10 @@ def _weight_gradient_of(
     # float16 cannot hold a scaled M: its product runs in TF32.
     dtype = torch.float32 if c_dtype == torch.float16 else c_dtype
     both = torch.add(m, m.mT, out=torch.empty_like(m, dtype=dtype))
-    return _weight_gradient_of_sums(m, both, weight, step_size, c_dtype, wc)
+    return weight_gradient_of_sums(m, both, weight, step_size, c_dtype, wc)
 
 
-def _weight_gradient_of_sums(
+def weight_gradient_of_sums(
     m: Tensor,
     both: Tensor,
     weight: Tensor,
@@ -324,7 +324,8 @@ def _weight_gradient_of_sums(
     c_dtype: torch.dtype,
     wc: Tensor | None,
 ) -> Tensor:
-    """The same where M + M^T is there, in the dtype of the product; wc is W in it, or of no use."""
+    """eta (M - W (M + M^T)) from ``both`` = M + M^T, in the dtype of the product; ``wc`` is W in
+    that dtype, if it is there."""
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     wc = wc if wc is not None and wc.dtype == both.dtype else weight.to(both.dtype)
     _gemm(

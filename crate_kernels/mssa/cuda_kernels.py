@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_extension
-from ..ista.cuda_kernels import moments_shape
+from ..cuda_extension import moments_shape, readable
 from ..library import on_device_of, stream_of
 
 
@@ -74,7 +74,7 @@ def takes_rows(rows: int, inner: int, d: int) -> bool:
 def normed_projection(x: Tensor, stats: Tensor, folded: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """LN(x) U^T from x, mean and rstd of its rows, and U as block/triton_kernels.py folds it."""
     weight, sums, shift = folded
-    x = _readable(x)
+    x = readable(x)
     inner, d = weight.shape
     w = x.new_empty(*x.shape[:-1], inner)
     with on_device_of(x):
@@ -100,7 +100,7 @@ def residual_projection(
     """z = x + o w_out^T + b_out and the moments of its rows, for D a multiple of 64."""
     d = x.shape[-1]
     rows = x.numel() // d
-    o, x, w_out = _readable(o), _readable(x), _readable(w_out.to(x.dtype))
+    o, x, w_out = readable(o), readable(x), readable(w_out.to(x.dtype))
     z = torch.empty_like(x)
     moments = torch.empty(moments_shape(rows, d), dtype=torch.float32, device=x.device)
     bias = None if b_out is None else b_out.float().contiguous()
@@ -133,7 +133,7 @@ def output_gradient(
     if width != 64 * heads or n <= 64 or d % 8 != 0 or batch == 0:
         return dy @ w_out, None
     do, delta = torch.empty_like(o), o.new_empty(heads, batch, n, dtype=torch.float32)
-    dy, w_out = _readable(dy), _readable(w_out)
+    dy, w_out = readable(dy), readable(w_out)
     with on_device_of(o):
         cuda_extension.load().output_gradient(
             dy=dy.data_ptr(),
@@ -148,12 +148,6 @@ def output_gradient(
             stream=stream_of(o),
         )
     return do, delta
-
-
-def _readable(t: Tensor) -> Tensor:
-    """Contiguous, at a multiple of 16 bytes."""
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _options(w: Tensor, heads: int, scale: float, causal: bool) -> dict[str, Any]:

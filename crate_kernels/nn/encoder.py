@@ -161,12 +161,12 @@ def _run(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     given = dict(zip(PARAMETERS, _parameters(attn, ff), strict=True))
-    heads, gram = attn.fn.heads, None
-    folded: tuple[Tensor, ...] = ()
+    heads = attn.fn.heads
+    made: dict[str, Any] = {"gram": None}
     constants = None if kept is None else layer_constants(kept, i, x, given, ff.fn.step_size, heads)
     if constants is not None:
         given |= {"w_qkv": constants.w_qkv, "w_out": constants.w_out}
-        gram, folded = constants.gram, constants.folded
+        made = {k: getattr(constants, k) for k in ("gram", "folded_qkv", "folded_gram")}
     return chained_block(
         x,
         moments,
@@ -177,9 +177,8 @@ def _run(
         eps=attn.norm.eps,
         step_size=ff.fn.step_size,
         lambd=ff.fn.lambd,
-        gram=gram,
-        folded=folded,
         backend="auto",
+        **made,
         **options,
     )
 

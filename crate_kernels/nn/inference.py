@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..block.op import fold
+from ..block.op import fold_norms
 from ..checks import refuse
 from ..ista.op import gram_matrix
 from ..library import autocast_dtype
@@ -28,7 +28,8 @@ class LayerConstants:
     w_qkv: Tensor
     w_out: Tensor | None
     gram: Tensor
-    folded: tuple[Tensor, ...]
+    folded_qkv: tuple[Tensor, ...]
+    folded_gram: tuple[Tensor, ...]
 
 
 def prepare_for_inference(model: nn.Module) -> None:
@@ -41,9 +42,10 @@ def prepare_for_inference(model: nn.Module) -> None:
     Sets ``model.eval()``; ``model.train()`` ends it. Results do not change.
 
     Weights that change in place (an optimizer, ``load_state_dict``) are noticed. Writes through
-    ``.data``, and those of a CUDA graph, are not: call this again after them. A graph that was
-    captured keeps the weights of its capture. Takes the memory of the weights once more, in the
-    dtype of the GEMMs, and of the first projection and the dictionary twice.
+    ``.data``, those of a CUDA graph and those to inference tensors are not: call this again after
+    them. A graph that was captured keeps the weights of its capture. Takes the memory of the
+    weights once more, in the dtype of the GEMMs, and of the first projection and the dictionary
+    twice.
 
     Args:
         model: a module after :func:`crate_kernels.fuse`.
@@ -100,7 +102,7 @@ def layer_constants(
         w_qkv.to(dtype),
         None if w_out is None else w_out.to(dtype),
         gram,
-        fold(norms[0], w_qkv, norms[1], gram, attention),
+        *fold_norms(norms[0], w_qkv, w_out, norms[1], gram, attention),
     )
     kept[layer, dtype, x.device] = found
     return found

@@ -39,7 +39,7 @@ struct RowsConfig {
 // Eight numbers of a vector, as two fours that lie apart: neighbouring lanes read neighbouring
 // ones.
 template <int kVectors>
-struct ColumnNumbers {
+struct ColumnParameters {
     float4* fours;
 
     __device__ void load(const float* from, int d) {
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
     // shared memory
     extern __shared__ __align__(128) char memory[];
     char* ring = memory + warp * kStages * kTensors * Config::kSlotBytes;
-    ColumnNumbers<kVectors> gamma{reinterpret_cast<float4*>(memory + Config::kOffsetGamma)};
-    ColumnNumbers<kVectors> beta{reinterpret_cast<float4*>(memory + Config::kOffsetBeta)};
+    ColumnParameters<kVectors> gamma{reinterpret_cast<float4*>(memory + Config::kOffsetGamma)};
+    ColumnParameters<kVectors> beta{reinterpret_cast<float4*>(memory + Config::kOffsetBeta)};
     Barrier* loaded = reinterpret_cast<Barrier*>(memory + Config::kOffsetBarriers) + warp * kStages;
     if (lane == 0) {
         for (int stage = 0; stage < kStages; ++stage) barrier_init(loaded + stage, 1);
@@ -162,8 +162,9 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
             total.y += of_vector.y;
             asm volatile("" ::: "memory");  // a vector at a time, in few registers
         }
+        __syncwarp();  // every lane has read the slot
         total = warp_sums(total);
-        load(row + kStages * step, at.slot);  // the sums have come of all that was in the slot
+        load(row + kStages * step, at.slot);
         at.advance<kStages>();
 
         // what it becomes: dz = rstd t - along - across zhat
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
         }
     }
 
-    // this block's share of the sums, fours of a warp side by side as in ColumnNumbers
+    // this block's share of the sums, fours of a warp side by side as in ColumnParameters
     __syncthreads();
     constexpr int kFours = Config::kColumns / 4;
     float4* shares = reinterpret_cast<float4*>(memory);  // (kWarps, kMostSums, kFours)

@@ -351,7 +351,10 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
         if (p.moments && column < p.n) add_moments<Config, kPart>(moments, part_sums);
         constexpr bool kEndsHalf =
             Config::column_of(kPart) + Config::kPartColumns == Config::kBlockN;
-        if (p.moments && kEndsHalf) write_moments(p, moments, tile.n_block, row);
+        if constexpr (kEndsHalf) {
+            bool exists = tile.n_block * Config::kBlockN < p.n;  // of a pair maybe half a pair
+            if (p.moments && exists) write_moments(p, moments, tile.n_block, row);
+        }
     }
     if constexpr (Config::kClips) {
         constexpr int kInWord = kPart % Config::kPartsOfWord;

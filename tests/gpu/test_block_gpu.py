@@ -68,6 +68,17 @@ def test_as_close_as_plain_and_repeatable(shape, dtype, backend):
     assert_as_close_as_plain({"y": y}, {"y": plain["y"]}, {"y": exact["y"]}, shape)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    inputs = inputs_on_gpu((0, 197, 12, 64, 768), torch.bfloat16)
+    skip_unfit(backend, inputs, 12)
+    got = results(run, inputs, torch.empty_like(inputs["x"]), heads=12, backend=backend)
+    assert got["y"].shape == (0, 197, 768)
+    assert all(not t.any() for name, t in got.items() if name != "y")
+    with torch.no_grad():
+        assert run(**inputs, heads=12, backend=backend).shape == (0, 197, 768)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_without_output_projection_under_autocast(memory, causal):
@@ -134,8 +145,8 @@ def test_gradient_of_a_norm(d, rows, dtype):
         if adds and wants_sum:
             continue
         options = (skip if adds else None, wants_h, wants_sum, masks)
-        got = kernels.normalise_backward(*given, *options)
-        again = kernels.normalise_backward(*given, *options)
+        got = kernels.normalise_backward_by_cuda(*given, *options)
+        again = kernels.normalise_backward_by_cuda(*given, *options)
         exact = torch_kernels.normalise_backward(
             *(t.double() for t in given), skip.double() if adds else None, *options[1:]
         )
@@ -223,6 +234,46 @@ def test_projection_with_residual_and_moments(shape, dtype, with_bias):
     plain_stats = statistics_of(in_dtype.float())
     exact = {"z": exact, **statistics_of(exact)}
     assert_as_close_as_plain(got, {"z": in_dtype, **plain_stats}, exact, shape)
+
+
+def test_moments_of_tiles_that_are_not_there():
+    """An odd number of column tiles, which clusters take by twos: nothing is written past them."""
+    from crate_kernels import cuda_extension
+
+    if reasons := cuda_extension.against("cuda", torch.cuda.current_device()):
+        pytest.skip("; ".join(reasons))
+    for rows, d in [(1600, 2368), (1408, 2944), (896, 2176)]:
+        o, x, z = (torch.randn(rows, d, device="cuda").bfloat16() for _ in range(3))
+        w_out = torch.randn(d, d, device="cuda").bfloat16()
+        spans = cuda_extension.moments_shape(rows, d)[0]
+        moments = torch.full((spans + 2, rows, 2), float("nan"), device="cuda")
+        cuda_extension.load().residual_projection(
+            o=o.data_ptr(), w_out=w_out.data_ptr(), bias=0, x=x.data_ptr(), z=z.data_ptr(),
+            moments=moments.data_ptr(), rows=rows, d=d, inner=d, dtype="bfloat16",
+            stream=torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+        assert moments[:spans].isfinite().all() and moments[spans:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_small_gamma_in_front_of_ista(dtype):
+    """float16 does not lose what gamma makes small beside the residual's own rounding."""
+    kernels = pytest.importorskip("crate_kernels.ista.cuda_kernels")
+    rows, d = 8000, 768
+    z = torch.randn(rows, d, device="cuda").to(dtype)
+    gamma, beta = 1e-4 * (1 + 0.2 * torch.randn(d, device="cuda")), torch.zeros(d, device="cuda")
+    gram = (0.1 * d**-0.5 * torch.randn(d, d, device="cuda")).to(dtype)
+
+    def plain(z, gamma, beta, gram):
+        u = torch.nn.functional.layer_norm(z, (d,), gamma, beta)
+        return {"y": torch.relu(u + u @ gram)}
+
+    _, stats = triton_kernels.statistics(z, 1e-5, dtype)
+    normed = triton_kernels.fold_gram(gram, gamma, beta)
+    y, _, _ = kernels.apply_normed(z, stats, normed, 0.0, False, False)
+    exact = plain(*(t.double() for t in (z, gamma, beta, gram)))
+    in_dtype = plain(*(t.to(dtype) for t in (z, gamma, beta, gram)))
+    assert_as_close_as_plain({"y": y}, in_dtype, exact)
 
 
 @pytest.mark.parametrize("wants", [(False, False), (True, False), (False, True)], ids=str)
