@@ -22,7 +22,7 @@ rounded = triton_kernels.rounded
 MOST_COLUMNS = 1024  # kMostNormedColumns of csrc/crate_kernels.h
 
 
-def takes_rows(d: int, adds: bool) -> bool:
+def is_faster(d: int, adds: bool) -> bool:
     """Whether the CUDA kernel was measured to win over Triton's (docs/block.md)."""
     return 512 < d <= 768 if adds else d <= MOST_COLUMNS
 
@@ -46,7 +46,7 @@ def normalise_backward(
         and all(t.dtype == z.dtype and t.data_ptr() % 16 == 0 for t in tensors)
         and not (skip is not None and wants_sum)
     )
-    by_cuda = fits and takes_rows(d, skip is not None)
+    by_cuda = fits and is_faster(d, skip is not None)
     run = normalise_backward_by_cuda if by_cuda else triton_kernels.normalise_backward
     return run(dh, z, stats, gamma, beta, skip, wants_h, wants_sum, masks)
 
