@@ -11,7 +11,7 @@ ARGS ?=
 # $(call python_with,MODULES): sets $$py to a Python that has them, and shows the commands after it.
 python_with = py=$$(tools/python_for.sh $(1)) && set -x
 CHECKERS := torch ruff== mypy== clang-format==
-CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu)
+CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 BUILDERS := setuptools pybind11 cmake ninja
 # The CUDA kernels into crate_kernels/, where there is nvcc; setup.py says so where there is not.
 BUILD_DIR = build/$$($$py -c 'import sys; print(sys.implementation.cache_tag)')

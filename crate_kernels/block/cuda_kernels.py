@@ -46,23 +46,10 @@ def normalise_backward(
         and all(t.dtype == z.dtype and t.data_ptr() % 16 == 0 for t in tensors)
         and not (skip is not None and wants_sum)
     )
-    by_cuda = fits and is_faster(d, skip is not None)
-    run = normalise_backward_by_cuda if by_cuda else triton_kernels.normalise_backward
-    return run(dh, z, stats, gamma, beta, skip, wants_h, wants_sum, masks)
-
-
-def normalise_backward_by_cuda(
-    dh: Tensor,
-    z: Tensor,
-    stats: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    skip: Tensor | None,
-    wants_h: bool,
-    wants_sum: bool,
-    masks: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    d = z.shape[-1]
+    if not (fits and is_faster(d, skip is not None)):
+        return triton_kernels.normalise_backward(
+            dh, z, stats, gamma, beta, skip, wants_h, wants_sum, masks
+        )
     n_rows = z.numel() // d
     kernels, n_sums = cuda_extension.load(), 3 if wants_sum else 2
     gamma, beta = gamma.float().contiguous(), beta.float().contiguous()

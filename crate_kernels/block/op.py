@@ -270,10 +270,10 @@ def fold_norms(
         return (), ()
     from . import cuda_kernels
 
-    dictionary = _norms_products(gram, w_out, gram.dtype, attention, "cuda")
+    norms_gram = _can_norm_products(gram.shape[0], w_out, attention, "cuda")
     return (
         cuda_kernels.fold(w_qkv, *norm1, gram.dtype),
-        cuda_kernels.fold_gram(gram, *norm2) if dictionary else (),
+        cuda_kernels.fold_gram(gram, *norm2) if norms_gram else (),
     )
 
 
@@ -308,12 +308,9 @@ def _project(
     return xc, None, kernels.normed_projection(xc, stats, folded), stats
 
 
-def _norms_products(
-    x: Tensor, w_out: Tensor | None, dtype: torch.dtype, attention: str, dictionary: str
-) -> bool:
-    """Whether y = ISTA(LN(z)) is made of z and its moments, without the rows of u."""
-    by_cuda = attention == dictionary == "cuda" and w_out is not None and x.numel() > 0
-    return by_cuda and x.dtype == dtype and x.shape[-1] % 64 == 0
+def _can_norm_products(d: int, w_out: Tensor | None, attention: str, dictionary: str) -> bool:
+    """Whether y = ISTA(LN(z)) can be made of z and its moments, without the rows of u."""
+    return attention == dictionary == "cuda" and w_out is not None and d % 64 == 0
 
 
 def _forward(
@@ -369,11 +366,12 @@ def _forward(
     gram = ista.make_gram(weight, step_size, dtype, wc) if gram is None else gram
     threshold = step_size * lambd
     wants_mask = dictionary == "cuda" and memory != "none" and not precedes
-    if _norms_products(x, w_out, dtype, attention, dictionary):
+    d, is_ready = x.shape[-1], x.dtype == dtype and x.numel() > 0
+    if is_ready and _can_norm_products(d, w_out, attention, dictionary):
         z, moments = kernels.residual_projection(o, x, wc_out, b_out)
         if memory == "none":
             o = empty()
-        stats2 = rows.statistics_of_moments(moments, x.shape[-1], eps)
+        stats2 = rows.statistics_of_moments(moments, d, eps)
         folded_gram = folded_gram or rows.fold_gram(gram, *norm2)
         y, mask, moments = ista.apply_normed(
             z, stats2, folded_gram, threshold, wants_mask, precedes

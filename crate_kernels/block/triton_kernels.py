@@ -310,7 +310,8 @@ def _launch_normalise(
 def statistics_of_moments(moments: Tensor, d: int, eps: float) -> Tensor:
     """The same statistics, of rows of d elements, from the moments that a GEMM of csrc/ista wrote.
 
-    A mean square less a squared mean: good to what a row keeps that is far from zero itself.
+    The variance is a mean square less a squared mean, which loses no more where a mean is far from
+    zero than the rounding of the row itself does.
     """
     n_spans, n_rows, _ = moments.shape
     stats = torch.empty(n_rows, 2, dtype=torch.float32, device=moments.device)

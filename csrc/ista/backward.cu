@@ -84,8 +84,7 @@ void ista_backward(const IstaBackward& args, const GemmPlan& plan, cudaStream_t 
                           .n = args.d,
                           .k = args.d,
                           .dtype = args.dtype,
-                          .out_dtype = args.x_dtype,
-                          .threshold = 0};
+                          .out_dtype = args.x_dtype};
     if (args.mask) {
         launch_gemm<Product::kBackward>(operands, plan, stream);
     } else {

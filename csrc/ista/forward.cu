@@ -8,7 +8,9 @@ int64_t ista_mask_bytes(int64_t rows, int d) {
     return ceil_div(rows, kBlockM) * ceil_div(d, kBlockK) * kMaskWords * sizeof(uint32_t);
 }
 
-void ista_forward(const IstaForward& args, cudaStream_t stream) {
+namespace {
+
+GemmOperands operands_of(const IstaForward& args) {
     check_ista("ista_forward", args.rows, args.d, args.dtype, args.x_dtype);
     if (args.moments) {
         check_moments("ista_forward", args.d);
@@ -16,27 +18,29 @@ void ista_forward(const IstaForward& args, cudaStream_t stream) {
             throw std::invalid_argument("ista_forward: expected moments only for one dtype");
         }
     }
-    ista_forward(args,
-                 choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors(),
-                             args.moments ? moments_span(args.d) : 0),
-                 stream);
+    return {.a = args.xc,
+            .b = args.gram,
+            .c = args.x,
+            .out = args.y,
+            .mask = static_cast<uint32_t*>(args.mask),
+            .m = args.rows,
+            .n = args.d,
+            .k = args.d,
+            .dtype = args.dtype,
+            .out_dtype = args.x_dtype,
+            .threshold = args.threshold,
+            .moments = args.moments};
+}
+
+}  // namespace
+
+void ista_forward(const IstaForward& args, cudaStream_t stream) {
+    GemmOperands operands = operands_of(args);
+    launch_gemm<Product::kForward>(operands, whole_plan(operands), stream);
 }
 
 void ista_forward(const IstaForward& args, const GemmPlan& plan, cudaStream_t stream) {
-    GemmOperands operands{.a = args.xc,
-                          .b = args.gram,
-                          .c = args.x,
-                          .out = args.y,
-                          .g = nullptr,
-                          .mask = static_cast<uint32_t*>(args.mask),
-                          .m = args.rows,
-                          .n = args.d,
-                          .k = args.d,
-                          .dtype = args.dtype,
-                          .out_dtype = args.x_dtype,
-                          .threshold = args.threshold,
-                          .moments = args.moments};
-    launch_gemm<Product::kForward>(operands, plan, stream);
+    launch_gemm<Product::kForward>(operands_of(args), plan, stream);
 }
 
 }  // namespace crate_kernels

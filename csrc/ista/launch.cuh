@@ -12,17 +12,22 @@ namespace crate_kernels {
 // a, b: what the sum over k takes, as gemm.cuh's uses have them; c and out: m x n, but out is
 // one such matrix for each part of the sum over k. All have contiguous rows.
 struct GemmOperands {
-    const void *a, *b, *c;
-    void *out, *g;
-    uint32_t* mask;
+    const void *a, *b, *c = nullptr;
+    void *out, *g = nullptr;
+    uint32_t* mask = nullptr;
     int64_t m, n, k;
     Dtype dtype, out_dtype;
-    float threshold;
+    float threshold = 0;
     float* row_sums = nullptr;
     float* moments = nullptr;
     const float* row_statistics = nullptr;
     const float *shift = nullptr, *column_sums = nullptr, *column_scales = nullptr;
 };
+
+// The plan of a product whose sums over k are whole; moments come by spans of moments_span.
+inline GemmPlan whole_plan(const GemmOperands& x) {
+    return choose_plan(x.m, x.n, x.k, 1, 12, multiprocessors(), x.moments ? moments_span(x.n) : 0);
+}
 
 template <typename Config>
 void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t stream) {

@@ -9,9 +9,7 @@ void ista_normed_forward(const IstaNormedForward& args, cudaStream_t stream) {
     check_moments("ista_normed_forward", args.d);
     GemmOperands operands{.a = args.z,
                           .b = args.weight,
-                          .c = nullptr,
                           .out = args.y,
-                          .g = nullptr,
                           .mask = static_cast<uint32_t*>(args.mask),
                           .m = args.rows,
                           .n = args.d,
@@ -24,11 +22,7 @@ void ista_normed_forward(const IstaNormedForward& args, cudaStream_t stream) {
                           .shift = args.shift,
                           .column_sums = args.sums,
                           .column_scales = args.scales};
-    launch_gemm<Product::kNormedForward>(
-        operands,
-        choose_plan(args.rows, args.d, args.d, 1, 12, multiprocessors(),
-                    args.moments ? moments_span(args.d) : 0),
-        stream);
+    launch_gemm<Product::kNormedForward>(operands, whole_plan(operands), stream);
 }
 
 }  // namespace crate_kernels

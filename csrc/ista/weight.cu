@@ -110,16 +110,12 @@ void ista_weight(const IstaWeight& args, cudaStream_t stream) {
 void ista_weight(const IstaWeight& args, const GemmPlan& plan, cudaStream_t stream) {
     GemmOperands operands{.a = args.x,
                           .b = args.g,
-                          .c = nullptr,
                           .out = args.partials,
-                          .g = nullptr,
-                          .mask = nullptr,
                           .m = args.d,
                           .n = args.d,
                           .k = args.rows,
                           .dtype = args.dtype,
-                          .out_dtype = Dtype::kFloat32,
-                          .threshold = 0};
+                          .out_dtype = Dtype::kFloat32};
     launch_gemm<Product::kWeight>(operands, plan, stream);
     if (args.dtype == Dtype::kFloat16) {
         launch_sum<float>(args, plan.parts, stream);

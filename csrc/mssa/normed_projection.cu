@@ -8,21 +8,16 @@ void normed_projection(const NormedProjection& args, cudaStream_t stream) {
     check_ista("normed_projection", args.rows, args.inner, args.dtype, args.dtype);
     GemmOperands operands{.a = args.x,
                           .b = args.weight,
-                          .c = nullptr,
                           .out = args.w,
-                          .g = nullptr,
-                          .mask = nullptr,
                           .m = args.rows,
                           .n = args.inner,
                           .k = args.d,
                           .dtype = args.dtype,
                           .out_dtype = args.dtype,
-                          .threshold = 0,
                           .row_statistics = args.stats,
                           .shift = args.shift,
                           .column_sums = args.sums};
-    launch_gemm<Product::kNormed>(
-        operands, choose_plan(args.rows, args.inner, args.d, 1, 12, multiprocessors()), stream);
+    launch_gemm<Product::kNormed>(operands, whole_plan(operands), stream);
 }
 
 }  // namespace crate_kernels

@@ -11,17 +11,13 @@ void output_gradient(const OutputGradient& args, cudaStream_t stream) {
                           .b = args.w_out,
                           .c = args.o,
                           .out = args.grad_o,
-                          .g = nullptr,
-                          .mask = nullptr,
                           .m = args.rows,
                           .n = inner,
                           .k = args.d,
                           .dtype = args.dtype,
                           .out_dtype = args.dtype,
-                          .threshold = 0,
                           .row_sums = args.delta};
-    launch_gemm<Product::kRowSums>(
-        operands, choose_plan(args.rows, inner, args.d, 1, 12, multiprocessors()), stream);
+    launch_gemm<Product::kRowSums>(operands, whole_plan(operands), stream);
 }
 
 }  // namespace crate_kernels

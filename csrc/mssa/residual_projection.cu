@@ -12,20 +12,14 @@ void residual_projection(const ResidualProjection& args, cudaStream_t stream) {
                           .b = args.w_out,
                           .c = args.x,
                           .out = args.z,
-                          .g = nullptr,
-                          .mask = nullptr,
                           .m = args.rows,
                           .n = args.d,
                           .k = args.inner,
                           .dtype = args.dtype,
                           .out_dtype = args.dtype,
-                          .threshold = 0,
                           .moments = args.moments,
                           .shift = args.bias};
-    launch_gemm<Product::kResidual>(
-        operands,
-        choose_plan(args.rows, args.d, args.inner, 1, 12, multiprocessors(), moments_span(args.d)),
-        stream);
+    launch_gemm<Product::kResidual>(operands, whole_plan(operands), stream);
 }
 
 }  // namespace crate_kernels
