@@ -111,6 +111,11 @@ def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):
     img = meta(2, channels, 2 * patch_size[0], 3 * patch_size[1], dtype=img_dtype)
     zhat = stem_kernels.normalise_patches(img, patch_size, 1e-5, dtype)
     e, gamma = meta(2, zhat.shape[1], d, dtype=dtype), meta(d, dtype=torch.float32)
+    weight, norm = (
+        meta(d, zhat.shape[2], dtype=torch.float32),
+        meta(zhat.shape[2], dtype=torch.float32),
+    )
+    stem_kernels.fold(norm, norm, weight, gamma, channels, dtype)
     for cls, pos in ((None, None), (meta(1, 1, d, dtype=dtype), meta(1, 7, d, dtype=dtype))):
         x = stem_kernels.embed(e, gamma, gamma, gamma, cls, pos, 1e-5, dtype)
         stem_kernels.embed_backward(x, e, gamma, gamma, cls is not None, 1e-5)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_extension
+from ..cuda_extension import readable
 from ..library import on_device_of, stream_of
 from . import triton_kernels
 
@@ -76,3 +77,52 @@ def normalise_backward(
             stream=stream_of(z),
         )
     return dz, h, *triton_kernels.sum_partials(partials)
+
+
+# Measured on an H200: at 197 rows it wins up to 768 columns, at 394 by 5 %, beyond it loses.
+MOST_FEW_ROWS, MOST_FEW_COLUMNS = 400, 768
+
+
+def takes_few(rows: int, d: int, inner: int) -> bool:
+    """Whether :func:`few_rows` serves, and is the faster way."""
+    fits = d % 8 == 0 and inner % 8 == 0
+    return fits and 0 < rows <= MOST_FEW_ROWS and max(d, inner) <= MOST_FEW_COLUMNS
+
+
+def few_rows(
+    a: Tensor,
+    weight: Tensor,
+    *,
+    scales: Tensor | None = None,
+    sums: Tensor | None = None,
+    shift: Tensor | None = None,
+    c: Tensor | None = None,
+    eps: float = 0.0,
+    threshold: float | None = None,
+) -> Tensor:
+    """act(rstd scales (a weight^T - mean sums) + shift + c); with sums, mean and rstd are those of
+    the rows of a; with a threshold, act is relu(. - threshold).
+
+    The weight, scales, sums and shift are read before the kernel ahead ends: they must have been
+    there before, and be as :func:`readable` gives them, float32 but for the weight.
+    """
+    n, k = weight.shape
+    out = a.new_empty(*a.shape[:-1], n)
+    a, c = readable(a), None if c is None else readable(c)
+    given = {"scales": scales, "sums": sums, "shift": shift, "c": c}
+    with on_device_of(a):
+        cuda_extension.load().few_rows(
+            a=a.data_ptr(),
+            weight=weight.data_ptr(),
+            **{name: 0 if t is None else t.data_ptr() for name, t in given.items()},
+            out=out.data_ptr(),
+            rows=a.numel() // k,
+            n=n,
+            k=k,
+            eps=eps,
+            threshold=threshold or 0.0,
+            clips=threshold is not None,
+            dtype=cuda_extension.DTYPES[a.dtype],
+            stream=stream_of(a),
+        )
+    return out

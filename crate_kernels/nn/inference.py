@@ -39,7 +39,8 @@ def prepare_for_inference(model: nn.Module) -> None:
     and compares its dictionary W with the one that G = eta (W - W^T W) was made from (a captured
     CUDA graph makes G itself). With it a layer is six kernels: two norms (or what is left of them
     where there are many tokens), two GEMMs, attention and ISTA. It shows where a batch is small.
-    Sets ``model.eval()``; ``model.train()`` ends it. Results do not change.
+    Sets ``model.eval()``; ``model.train()`` ends it. Results do not change,
+    but for their rounding where there are few tokens (the norms are folded into the products).
 
     Weights that change in place (an optimizer, ``load_state_dict``) are noticed. Writes through
     ``.data``, those of a CUDA graph and those to inference tensors are not: call this again after
@@ -104,6 +105,8 @@ def layer_constants(
         gram,
         *fold_norms(norms[0], w_qkv, w_out, norms[1], gram, attention),
     )
+    if x.is_cuda:  # kernels may read them before the ones ahead end, and those made them
+        torch.cuda.current_stream(x.device).synchronize()
     kept[layer, dtype, x.device] = found
     return found
 

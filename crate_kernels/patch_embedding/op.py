@@ -153,15 +153,6 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _fold(
-    norm1_weight: Tensor, norm1_bias: Tensor, weight: Tensor, bias: Tensor, channels: int
-) -> tuple[Tensor, Tensor]:
-    """W' = W diag(gamma) with columns in the order of the image, and b + W beta; float32."""
-    wide = _wide(weight)
-    folded = (wide * norm1_weight).unflatten(1, (-1, channels)).mT.flatten(1)
-    return folded, torch.addmv(_wide(bias), wide, _wide(norm1_bias))
-
-
 def _forward(
     img: Tensor,
     norm1_weight: Tensor,
@@ -181,9 +172,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, then what the backward pass needs: zhat (B, n, P), e (B, n, D), and b + W beta (D,)."""
     kernels, (ph, pw) = _kernels(backend), patch_size
-    folded, shift = _fold(norm1_weight, norm1_bias, weight, bias, img.shape[1])
+    folded, shift = kernels.fold(norm1_weight, norm1_bias, weight, bias, img.shape[1], dtype)
     zhat = kernels.normalise_patches(img, (ph, pw), eps, dtype)
-    e = zhat @ folded.to(dtype).mT
+    e = zhat @ folded.mT
     x = kernels.embed(e, shift, norm2_weight, norm2_bias, cls_token, pos_embedding, eps, out_dtype)
     if not keeps:
         return x, e.new_empty(0), e.new_empty(0), shift.new_empty(0)
@@ -217,8 +208,8 @@ def _backward(
     dimg = dnorm1_weight = dnorm1_bias = dweight = None
     wide = _wide(weight)
     if img is not None and wants[0]:
-        folded, _ = _fold(norm1_weight, norm1_bias, weight, bias, channels)
-        dzhat = de @ folded.to(de.dtype)
+        folded, _ = kernels.fold(norm1_weight, norm1_bias, weight, bias, channels, de.dtype)
+        dzhat = de @ folded
         dimg = kernels.normalise_patches_backward(dzhat, img, (ph, pw), eps)
     if wants[1] or wants[3]:
         m = sum_over_tokens(de, zhat, wide.dtype)

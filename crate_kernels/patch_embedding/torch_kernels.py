@@ -10,6 +10,20 @@ import torch
 from torch import Tensor
 
 
+def fold(
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    channels: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """W' = W diag(gamma) in ``dtype``, columns in the order of the image; b + W beta."""
+    wide = _wide(weight)
+    folded = (wide * norm_weight).unflatten(1, (-1, channels)).mT.flatten(1)
+    return folded.to(dtype), torch.addmv(_wide(bias), wide, _wide(norm_bias))
+
+
 def normalise_patches(
     img: Tensor, patch_size: tuple[int, int], eps: float, dtype: torch.dtype
 ) -> Tensor:

@@ -1,6 +1,7 @@
 """The passes of the stem in Triton: bound by memory, each tensor read once.
 
-    forward   zhat = (patch - mean) rstd                               normalise_patches_kernel
+    forward   W' = W diag(gamma), b + W beta                           fold_kernel
+              zhat = (patch - mean) rstd                               normalise_patches_kernel
               x = [cls; gamma (e' - mean) rstd + beta] + pos           embed_kernel
     backward  t = gamma dx, zhat = (e' - mean) rstd, e' = e + shift    embed_backward_kernel
               de = rstd (t - mean(t) - zhat mean(t zhat))
@@ -23,15 +24,38 @@ from ..library import on_device_of
 from ..triton_common import multiprocessors
 from .torch_kernels import normalise_patches_backward  # seldom wanted: torch's own
 
-__all__ = ["embed", "embed_backward", "normalise_patches", "normalise_patches_backward"]
+__all__ = ["embed", "embed_backward", "fold", "normalise_patches", "normalise_patches_backward"]
 
 PROGRAMS = 3  # of the backward pass, for each multiprocessor
 
 
-def _rows_and_warps(d: int) -> tuple[int, int]:
-    """Rows a program takes at once, and its warps: 32 to 64 elements a thread."""
+FEW = 8  # rows for each multiprocessor: so few are bound by latency
+
+
+def _rows_and_warps(d: int, few: bool = False) -> tuple[int, int]:
+    """Rows a program takes at once, and its warps: 32 to 64 elements a thread, 8 of few rows."""
     block = triton.next_power_of_2(d)
+    if few:
+        return 1, max(1, min(8, block // 256))
     return (2 if block <= 1024 else 1), max(1, min(8, block // 1024))
+
+
+@triton.jit
+def fold_kernel(
+    W, GAMMA, BETA, BIAS, FOLDED, SHIFT, P,
+    PIXELS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row of W (D, P) a program."""
+    row = tl.program_id(0)
+    k = tl.arange(0, BLOCK)  # in the order of the image: channel, pixel
+    inside = k < P
+    at = k % PIXELS * C + k // PIXELS
+    w = tl.load(W + row.to(tl.int64) * P + at, mask=inside, other=0.0).to(tl.float32)
+    gamma = tl.load(GAMMA + at, mask=inside, other=0.0).to(tl.float32)
+    beta = tl.load(BETA + at, mask=inside, other=0.0).to(tl.float32)
+    to = FOLDED + row.to(tl.int64) * P + k
+    tl.store(to, (w * gamma).to(FOLDED.dtype.element_ty), mask=inside)
+    tl.store(SHIFT + row, tl.load(BIAS + row).to(tl.float32) + tl.sum(w * beta, 0))
 
 
 @triton.jit
@@ -132,6 +156,26 @@ def embed_backward_kernel(
 # ---- launchers
 
 
+def fold(
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    channels: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    given = [t.contiguous() for t in (weight, norm_weight, norm_bias, bias)]
+    d, patch = weight.shape
+    folded = torch.empty(d, patch, dtype=dtype, device=weight.device)
+    shift = torch.empty(d, dtype=torch.float32, device=weight.device)
+    with on_device_of(weight):
+        fold_kernel[(d,)](
+            *given, folded, shift, patch,
+            PIXELS=patch // channels, C=channels, BLOCK=triton.next_power_of_2(patch),
+        )  # fmt: skip
+    return folded, shift
+
+
 def normalise_patches(
     img: Tensor, patch_size: tuple[int, int], eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -139,7 +183,7 @@ def normalise_patches(
     ph, pw = patch_size
     n, d = (height // ph) * (width // pw), channels * ph * pw
     zhat = torch.empty(batch, n, d, dtype=dtype, device=img.device)
-    rows, num_warps = _rows_and_warps(d)
+    rows, num_warps = _rows_and_warps(d, batch * n <= FEW * multiprocessors(img))
     if batch > 0:
         with on_device_of(img):
             normalise_patches_kernel[(triton.cdiv(batch * n, rows),)](
@@ -166,8 +210,8 @@ def embed(
     if cls_token is not None and pos_embedding is not None:
         cls_token, pos_embedding = cls_token.contiguous(), pos_embedding.contiguous()
     x = torch.empty(batch, n + has_cls, d, dtype=dtype, device=e.device)
-    rows, num_warps = _rows_and_warps(d)
     n_rows = batch * (n + has_cls)
+    rows, num_warps = _rows_and_warps(d, n_rows <= FEW * multiprocessors(e))
     if batch > 0:
         with on_device_of(e):
             embed_kernel[(triton.cdiv(n_rows, rows),)](

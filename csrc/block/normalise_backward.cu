@@ -1,7 +1,7 @@
 // The gradient of a LayerNorm, a warp a row: bound by memory, each tensor read once. docs/block.md
 //
-// Rows come into a ring of shared memory by bulk copies, kStages ahead of the warp that takes them,
-// and stay in its registers until they leave. A warp's rows are always the same ones, and its
+// Rows come into a ring of shared memory by tensor copies, kStages ahead of the warp that takes
+// them, and stay in its registers until they leave. A warp's rows are always the same ones, and its
 // shares of the sums over rows are added up in order: results are bitwise repeatable.
 #include <algorithm>
 #include <stdexcept>
@@ -34,6 +34,12 @@ struct RowsConfig {
     static constexpr int kOffsetBarriers = kOffsetBeta + kColumns * sizeof(float);
     static constexpr int kSharedBytes = kOffsetBarriers + kWarps * kStages * sizeof(Barrier);
     static_assert(kSharedBytes <= 232448, "shared memory of a multiprocessor");
+};
+
+constexpr int kBoxColumns = 256;  // of a copy: the most that one may have
+
+struct RowMaps {
+    CUtensorMap dh, z, skip;
 };
 
 // Eight numbers of a vector, as two fours that lie apart: neighbouring lanes read neighbouring
@@ -82,7 +88,7 @@ __device__ __forceinline__ float2 warp_sums(float2 x) {
 // kWhole: a row has all of the 256 kVectors columns.
 template <typename T, int kVectors, bool kAdds, bool kWhole>
 __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
-    normalise_backward_kernel(const NormaliseBackward p) {
+    normalise_backward_kernel(const __grid_constant__ RowMaps maps, const NormaliseBackward p) {
     using Config = RowsConfig<kVectors, kAdds>;
     constexpr int kStages = Config::kStages, kTensors = Config::kTensors;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.d;
@@ -100,16 +106,20 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
     __syncwarp();
 
     // rows, the first of which come while the rest gets ready
-    const T* from[] = {static_cast<const T*>(p.dh), static_cast<const T*>(p.z),
-                       static_cast<const T*>(p.skip)};
     auto slot_of = [&](int stage, int tensor) {
         return ring + (stage * kTensors + tensor) * Config::kSlotBytes;
     };
     auto load = [&](int64_t row, int stage) {
         if (row >= p.rows || lane > 0) return;
-        barrier_expect(loaded + stage, kTensors * d * sizeof(T));
+        barrier_expect(loaded + stage, kTensors * Config::kSlotBytes);
+#pragma unroll
         for (int i = 0; i < kTensors; ++i) {
-            load_bytes(slot_of(stage, i), from[i] + row * d, d * sizeof(T), loaded + stage);
+            const CUtensorMap* map = i == 0 ? &maps.dh : i == 1 ? &maps.z : &maps.skip;
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) {
+                load_tile(slot_of(stage, i) + v * kBoxColumns * sizeof(T), map, loaded + stage,
+                          v * kBoxColumns, row);
+            }
         }
     };
     const int64_t first = int64_t(blockIdx.x) * Config::kWarps + warp;
@@ -258,9 +268,14 @@ void launch(const NormaliseBackward& args, cudaStream_t stream) {
                 kernel = normalise_backward_kernel<T, kVectors, kAdds, true>;
             }
         }
+        auto map = [&](const void* rows) {
+            return make_tensor_map<2>(rows, args.dtype, {args.d, args.rows}, {args.d},
+                                      {kBoxColumns, 1});
+        };
+        RowMaps maps{map(args.dh), map(args.z), map(kAdds ? args.skip : args.z)};
         allow_shared_memory(kernel, Config::kSharedBytes);
         kernel<<<blocks_of(args.rows, args.d), Config::kWarps * 32, Config::kSharedBytes, stream>>>(
-            args);
+            maps, args);
         check(cudaGetLastError(), "normalise_backward");
     });
 }

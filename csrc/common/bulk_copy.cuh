@@ -30,16 +30,6 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, Barr
         : "memory");
 }
 
-// Bytes in a row: 16 or a multiple, to and from multiples of 16.
-__device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes,
-                                           Barrier* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-        "[%3];" ::"r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
-}
-
 // Brings a tile into the L2 cache, for a load that will come.
 __device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int c0, int c1, int c2,
                                               int c3) {

@@ -11,9 +11,16 @@ __device__ __forceinline__ int cluster_rank() {
     return rank;
 }
 
-// A barrier among all threads of a cluster that still run.
+// A barrier among all threads of a cluster that still run, in halves and whole.
+__device__ __forceinline__ void arrive_in_cluster() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 __device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    arrive_in_cluster();
+    wait_for_cluster();
 }
 
 // Where the block of that rank keeps what this one keeps at `pointer`.
@@ -23,6 +30,24 @@ __device__ __forceinline__ uint32_t address_in_block(const void* pointer, int ra
         : "=r"(address)
         : "r"(shared_address(pointer)), "r"(rank));
     return address;
+}
+
+__device__ __forceinline__ float2 read_two_in_block(uint32_t address) {
+    float2 x;
+    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float4 read_four_in_block(uint32_t address) {
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
 }
 
 // For reads that are done, by wgmma or the copy engine: orders the block's own memory accesses only

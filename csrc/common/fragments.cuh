@@ -21,11 +21,24 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
                  : "memory");
 }
 
+// Stores four matrices of load_matrices' layout transposed.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t address,
+                                                          const uint32_t (&from)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+        "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+        : "memory");
+}
+
 // From global memory that nothing writes meanwhile; starts here, not where the word is needed.
 __device__ __forceinline__ uint32_t load_word_now(const uint32_t* from) {
     uint32_t word;
     asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(word) : "l"(from));
     return word;
+}
+
+__device__ __forceinline__ float load_float_now(const float* from) {
+    return __uint_as_float(load_word_now(reinterpret_cast<const uint32_t*>(from)));
 }
 
 __device__ __forceinline__ float2 load_pair_now(const float2* from) {

@@ -34,22 +34,28 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
           "cudaFuncSetAttribute");
 }
 
-// Launches a kernel that may start before the one ahead of it in the stream ends: it calls
-// wait_for_kernel_before before it touches what that one writes.
+// Launches a kernel which, where `early`, may start before the one ahead of it in the stream ends:
+// it calls wait_for_kernel_before before it touches what that one writes.
 template <typename... Parameters, typename... Arguments>
-void launch_early(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes,
-                  cudaStream_t stream, const Arguments&... arguments) {
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+void launch(void (*kernel)(Parameters...), bool early, dim3 blocks, int threads, int shared_bytes,
+            cudaStream_t stream, const Arguments&... arguments) {
+    cudaLaunchAttribute starts_early;
+    starts_early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    starts_early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = blocks;
     config.blockDim = threads;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
+    config.attrs = &starts_early;
+    config.numAttrs = early ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "cudaLaunchKernelEx");
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
+                  cudaStream_t stream, const Arguments&... arguments) {
+    launch(kernel, true, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 // Tiles of `box` elements of a tensor with `sizes` and, from the second dimension on, `strides`

@@ -3,7 +3,7 @@
 // A block is one warpgroup with a row tile j of one head, its w_j and dO_j on chip. The other row
 // tiles pass through a ring of buffers, filled ahead by the bulk copy engine. What a tile needs to
 // know of its rows is made by a kernel before. docs/mssa.md
-#include "backward_step.cuh"
+#include "last_rows_backward.cuh"
 #include "launchers.h"
 
 namespace crate_kernels {
@@ -11,26 +11,42 @@ namespace {
 
 // ---- row statistics: a block for each row tile of a head, 8 threads for each row
 
+constexpr int kStatisticsThreads = 256;
+
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(kStatisticsThreads)
     attention_row_statistics(RowStatistics* stats, const T* grad_o, int64_t grad_o_stride_batch,
                              int64_t grad_o_stride_row, const T* o, const float* lse, int n,
                              int heads, float scale) {
+    constexpr int kAtOnce = kStatisticsThreads / 8, kRows = kTile / kAtOnce;  // of 8 threads
     let_next_kernel_start();
     int tiles = ceil_div(n, kTile), tile = blockIdx.x % tiles;
     int head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
-    int row = tile * kTile + threadIdx.x / 8;
-    bool exists = row < n;
-    int r = exists ? row : 0;
     lse += (int64_t)(blockIdx.x / tiles) * n;
-    float delta = row_delta<T, kHeadDim>(
-        grad_o + batch * grad_o_stride_batch + r * grad_o_stride_row + head * kHeadDim,
-        o + (((int64_t)batch * n + r) * heads + head) * kHeadDim);
-    bool holds =
-        threadIdx.x % 8 > 0 || write_statistics(&stats[blockIdx.x], threadIdx.x / 8, exists,
-                                                lse[r] * kLog2E, lse[0] * kLog2E, delta, scale);
-    bool all_hold = __syncthreads_and(holds);
-    if (threadIdx.x == 0) stats[blockIdx.x].weights_hold = all_hold;
+    float lse_0 = load_float_now(lse), lse_of[kRows], delta[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+        int row = min(tile * kTile + i * kAtOnce + int(threadIdx.x / 8), n - 1);
+        lse_of[i] = load_float_now(lse + row);
+        delta[i] = row_delta_part<T, kHeadDim>(
+            grad_o + batch * grad_o_stride_batch + row * grad_o_stride_row + head * kHeadDim,
+            o + (((int64_t)batch * n + row) * heads + head) * kHeadDim);
+    }
+    bool hold = true;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int lanes = 1; lanes < 8; lanes *= 2) {
+            delta[i] += __shfl_xor_sync(0xFFFFFFFF, delta[i], lanes);
+        }
+        int row = i * kAtOnce + threadIdx.x / 8;
+        if (threadIdx.x % 8 == 0) {
+            hold &= write_statistics(&stats[blockIdx.x], row, tile * kTile + row < n,
+                                     lse_of[i] * kLog2E, lse_0 * kLog2E, delta[i], scale);
+        }
+    }
+    hold = __syncthreads_and(hold);
+    if (threadIdx.x == 0) stats[blockIdx.x].weights_hold = hold;
 }
 
 // The same where delta (heads, batch, n) is there: a warp for each row tile of a head.
@@ -124,6 +140,28 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
     }
     barrier_wait(&loaded[0], 0);
 
+    int own_rows = n - tile_j * kTile;
+    if (!causal && own_rows <= kFewRows) {
+        LastRowsBackward<T, kHeadDim> tile(tiles_w, tiles_grad_o, tile_stats[0], scale);
+        tile.visit(tiles_w, tiles_grad_o, tile_stats[0], 1, 0);
+        for (int t = 0; t < tiles - 1; ++t) {
+            int slot = 1 + t % kSlots, next = t + Config::kAhead;
+            if (threadIdx.x == 0 && next < tiles - 1) {
+                int next_slot = 1 + next % kSlots;
+                if (next >= kSlots) barrier_wait(&released[next_slot], (next / kSlots - 1) % 2);
+                load(next_slot, stream(next));
+            }
+            barrier_wait(&loaded[slot], t / kSlots % 2);
+            tile.visit(tiles_w + slot * Config::kTileElements,
+                       tiles_grad_o + slot * Config::kTileElements, tile_stats[slot], kTile / 16,
+                       1 + t);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(&released[slot]);
+        }
+        __syncthreads();  // nobody reads an operand any more
+        tile.store(tiles_w, &grad_w_map, head, tile_j * kTile, batch);
+        return;
+    }
     bool any_row = tile_j * kTile + warp * 16 < n;  // of this warp
     BackwardTile<T, kHeadDim> tile(tiles_w, tiles_grad_o, tile_stats[0], scale, any_row);
     auto visit_slot = [&](auto part, auto columns, int slot) {
@@ -208,7 +246,7 @@ void attention_backward_long(const AttentionBackward& args, cudaStream_t stream)
                                                     int64_t{args.batch} * args.n, blocks,
                                                     args.scale);
         } else {
-            attention_row_statistics<T, kHeadDim><<<blocks, 512, 0, stream>>>(
+            attention_row_statistics<T, kHeadDim><<<blocks, kStatisticsThreads, 0, stream>>>(
                 stats, static_cast<const T*>(args.grad_o), args.grad_o_stride_batch,
                 args.grad_o_stride_row, static_cast<const T*>(args.o), args.lse, args.n, args.heads,
                 args.scale);

@@ -17,9 +17,9 @@ struct __align__(128) RowStatistics {
 };
 inline constexpr float kWeightBits = 32;
 
-// rowsum(dO * O) of one row by 8 lanes, 16 bytes each at a time; all 8 get the sum.
+// One of 8 lanes' part of rowsum(dO * O) of a row, 16 bytes each at a time.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ float row_delta(const T* grad_o, const T* o) {
+__device__ __forceinline__ float row_delta_part(const T* grad_o, const T* o) {
     float sum = 0;
 #pragma unroll
     for (int c = threadIdx.x % 8 * 8; c < kHeadDim; c += 64) {
@@ -30,8 +30,6 @@ __device__ __forceinline__ float row_delta(const T* grad_o, const T* o) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) sum += float(x[e]) * float(y[e]);
     }
-#pragma unroll
-    for (int lanes = 1; lanes < 8; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, lanes);
     return sum;
 }
 

@@ -2,7 +2,7 @@
 //
 // A block is one warpgroup and owns one head: w_h [n, head_dim] is loaded once, and is query, key
 // and value of every row tile; of one of them where heads are few. docs/mssa.md
-#include "forward_step.cuh"
+#include "last_rows.cuh"
 #include "launchers.h"
 
 namespace crate_kernels {
@@ -34,10 +34,12 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     int begin = blockIdx.y * rows_of_block, end = min(begin + rows_of_block, n);
 
     // load
+    if (gridDim.y > 1) let_next_kernel_start();  // few heads
     if (threadIdx.x == 0) {
         barrier_init(&w_loaded, 1);
         barrier_init_done();
         barrier_expect(&w_loaded, kChunks<kHeadDim> * rows * kChunkColumns * sizeof(T));
+        wait_for_kernel_before();
         load_rows<kHeadDim>(w, rows, &w_map, &w_loaded, head, 0, batch);
         int next = blockIdx.x + ahead;  // about when this block ends
         if (next < gridDim.x) prefetch_head<kHeadDim>(&w_map, next, heads);
@@ -49,6 +51,11 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     for (bool searched = false;; searched = true) {
         bool trusted = true;
         for (int first = begin; first < end; first += kTile) {
+            if (!kOneTile && !searched && first == whole && rows - whole == kFewRows) {
+                trusted &= finish_last_rows<T, kHeadDim>(w, rows, whole, n, scale, staging, &o_map,
+                                                         lse, head, batch);
+                continue;
+            }
             const T* w_j = w + first * kChunkColumns;
             ForwardTile<T, kHeadDim> tile(w_j, rows, scale);
             bool any_row = first + threadIdx.x / 32 * 16 < n;  // of this warp
@@ -108,10 +115,8 @@ void attention_forward_short(const AttentionForward& args, cudaStream_t stream) 
         int blocks = args.batch * args.heads, tiles = ceil_div(args.n, kTile);
         bool few = blocks * tiles <= 2 * multiprocessors();
         dim3 grid(blocks, few ? tiles : 1);
-        kernel<<<grid, kThreads, bytes(rows), stream>>>(w, o, args.lse, args.n, rows, args.heads,
-                                                        args.scale, few ? kTile : args.n,
-                                                        4 * multiprocessors());
-        check(cudaGetLastError(), "attention_forward_short");
+        launch(kernel, few, grid, kThreads, bytes(rows), stream, w, o, args.lse, args.n, rows,
+               args.heads, args.scale, few ? kTile : args.n, 4 * multiprocessors());
     });
 }
 

@@ -6,13 +6,15 @@
 #include <type_traits>
 
 #include "../common/bulk_copy.cuh"
+#include "../common/fragments.cuh"
 #include "../common/math.cuh"
 #include "../common/tensor_map.h"
 #include "../common/wgmma.cuh"
 
 namespace crate_kernels {
 
-inline constexpr int kTile = 64;  // rows of a wgmma
+inline constexpr int kTile = 64;     // rows of a wgmma
+inline constexpr int kFewRows = 16;  // of a last tile whose rows are the columns of products
 
 template <int kHeadDim>
 inline constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
@@ -92,6 +94,26 @@ __device__ __forceinline__ void prefetch_head(const CUtensorMap* map, int index,
 #pragma unroll
     for (int chunk = 0; chunk < kChunks<kHeadDim>; ++chunk) {
         prefetch_tile(map, chunk * kChunkColumns, index % heads, 0, index / heads);
+    }
+}
+
+// Where a thread's rows of four matrices lie in a [16][64] tile that gets a [64][16] one
+// transposed: rows are the columns of D, columns 16 warp + 8 h its rows.
+__device__ __forceinline__ uint32_t transposed_matrices(const void* tile) {
+    int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8;
+    int column = threadIdx.x / 32 % 4 * 2 + lane / 8 % 2;
+    return shared_address(tile) + row * 128 + (column ^ row % 8) * 16;
+}
+
+// D[64 of head_dim, 16] += A^T B for a chunk of rows, of which `steps` times 16 count; B is
+// [16][64], as transposed_matrices has it.
+template <typename T>
+__device__ __forceinline__ void add_swapped(float (&d)[kFewRows / 2], const T* rows, const T* b,
+                                            int steps, bool add) {
+    for (int k = 0; k < steps; ++k) {
+        wgmma<kFewRows, T>::template from_shared<kYes, kNo>(
+            d, descriptor_transposed(rows, kTile * kChunkColumns * sizeof(T)) + 128 * k,
+            descriptor(b) + 2 * k, add || k > 0);
     }
 }
 

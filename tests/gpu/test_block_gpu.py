@@ -237,6 +237,45 @@ def test_projection_with_residual_and_moments(shape, dtype, with_bias):
     assert_as_close_as_plain(got, {"z": in_dtype, **plain_stats}, exact, shape)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(197, 768, 768), (1, 64, 48), (65, 1024, 1024), (130, 200, 88)])
+def test_few_rows(shape, dtype):
+    """A projection of normed rows, one with a residual, and ISTA of normed rows."""
+    kernels = pytest.importorskip("crate_kernels.block.cuda_kernels")
+    rows, d, inner = shape
+    x = (torch.randn(rows, d, device="cuda") + torch.randn(rows, 1, device="cuda")).to(dtype)
+    o = torch.randn(rows, inner, device="cuda").to(dtype)
+    gamma = 1 + 0.2 * torch.randn(d, device="cuda")
+    beta, bias = (0.2 * torch.randn(d, device="cuda") for _ in range(2))
+    u = d**-0.5 * torch.randn(inner, d, device="cuda")
+    v = (inner**-0.5 * torch.randn(d, inner, device="cuda")).to(dtype)
+    gram = (0.1 * d**-0.5 * torch.randn(d, d, device="cuda")).to(dtype)
+
+    def plain(x, o, gamma, beta, bias, u, v, gram):
+        h = torch.nn.functional.layer_norm(x, (d,), gamma, beta)
+        y = torch.relu(h + h @ gram - 0.01)
+        return {"w": h @ u.mT, "z": x + torch.nn.functional.linear(o, v, bias), "y": y}
+
+    folded, sums, shift = triton_kernels.fold(u, gamma, beta, dtype)
+    weight, scales, gram_sums, gram_shift = triton_kernels.fold_gram(gram, gamma, beta)
+
+    def ours():
+        normed = {"scales": scales, "sums": gram_sums, "shift": gram_shift}
+        return {
+            "w": kernels.few_rows(x, folded, sums=sums, shift=shift, eps=1e-5),
+            "z": kernels.few_rows(o, v, shift=bias, c=x),
+            "y": kernels.few_rows(x, weight, **normed, eps=1e-5, threshold=0.01),
+        }
+
+    torch.cuda.synchronize()
+    got = ours()
+    for _ in range(REPEATS):
+        assert all(torch.equal(a, got[name]) for name, a in ours().items())
+    given = (x, o, gamma, beta, bias, u, v, gram)
+    exact = plain(*(t.double() for t in given))
+    assert_as_close_as_plain(got, plain(*(t.to(dtype) for t in given)), exact, shape)
+
+
 def test_moments_of_tiles_that_are_not_there():
     """An odd number of column tiles, which clusters take by twos: nothing is written past them."""
     from crate_kernels import cuda_extension

@@ -25,7 +25,7 @@ triton_kernels = pytest.importorskip("crate_kernels.mssa.triton_kernels")
 
 REPEATS = 100
 # N for the CUDA kernels: whole and broken tiles, and every way in which they hold a sequence.
-TOKENS = (1, 17, 50, 64, 65, 128, 197, 208, 256, 257, 400, 785, 1025, 4096)
+TOKENS = (1, 17, 50, 64, 65, 128, 137, 197, 208, 256, 257, 400, 785, 1025, 4096)
 
 
 def tokens(batch, n, heads, head_dim, dtype):
