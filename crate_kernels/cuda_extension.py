@@ -49,6 +49,14 @@ def against(device_type: str, device_index: int | None) -> tuple[str, ...]:
 
 # ---- what the kernels ask of tensors
 
+BLOCK_ROWS, BLOCK_COLUMNS = 128, 64  # of a mask, which comes in whole blocks
+
+
+def mask_bytes(rows: int, d: int) -> int:
+    """Size of the mask of (rows, d): a bit for each element of the blocks that it takes."""
+    blocks = ((rows + BLOCK_ROWS - 1) // BLOCK_ROWS) * ((d + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS)
+    return blocks * (BLOCK_ROWS * BLOCK_COLUMNS // 8)
+
 
 def readable(t: Tensor) -> Tensor:
     """t itself where bulk copies can read it (contiguous, at a multiple of 16 bytes), or a copy."""

@@ -327,6 +327,77 @@ void bind_ista(py::module_& module) {
     module.def("ista_weight_parts", &ista_weight_parts);
 }
 
+// ---- overcomplete ISTA
+
+void bind_overcomplete_ista(py::module_& module) {
+    module.def(
+        "overcomplete_code",
+        [](Pointer a, Pointer dictionary, Pointer c, Pointer z, Pointer mask, int64_t rows, int d,
+           int m, float step_size, float threshold, const std::string& dtype, Pointer stream) {
+            const OvercompleteCode args{
+                .a = at<const void>(a),
+                .dictionary = at<const void>(dictionary),
+                .c = at<const void>(c),
+                .z = at<void>(z),
+                .mask = at<void>(mask),
+                .rows = rows,
+                .d = d,
+                .m = m,
+                .step_size = step_size,
+                .threshold = threshold,
+                .dtype = dtype_named(dtype),
+            };
+            overcomplete_code(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("a"),
+        py::arg("dictionary"), py::arg("c"), py::arg("z"), py::arg("mask"), py::arg("rows"),
+        py::arg("d"), py::arg("m"), py::arg("step_size"), py::arg("threshold"), py::arg("dtype"),
+        py::arg("stream"));
+
+    module.def(
+        "overcomplete_code_gradient",
+        [](Pointer a, Pointer dictionary, Pointer c, Pointer mask, Pointer e, int64_t rows, int d,
+           int m, float alpha, const std::string& dtype, Pointer stream) {
+            const OvercompleteCodeGradient args{
+                .a = at<const void>(a),
+                .dictionary = at<const void>(dictionary),
+                .c = at<const void>(c),
+                .mask = at<const void>(mask),
+                .e = at<void>(e),
+                .rows = rows,
+                .d = d,
+                .m = m,
+                .alpha = alpha,
+                .dtype = dtype_named(dtype),
+            };
+            overcomplete_code_gradient(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("a"),
+        py::arg("dictionary"), py::arg("c"), py::arg("mask"), py::arg("e"), py::arg("rows"),
+        py::arg("d"), py::arg("m"), py::arg("alpha"), py::arg("dtype"), py::arg("stream"));
+
+    module.def(
+        "overcomplete_decoded_sum",
+        [](Pointer z, Pointer dictionary, Pointer c, Pointer out, int64_t rows, int d, int m,
+           float alpha, const std::string& dtype, Pointer stream) {
+            const OvercompleteDecodedSum args{
+                .z = at<const void>(z),
+                .dictionary = at<const void>(dictionary),
+                .c = at<const void>(c),
+                .out = at<void>(out),
+                .rows = rows,
+                .d = d,
+                .m = m,
+                .alpha = alpha,
+                .dtype = dtype_named(dtype),
+            };
+            overcomplete_decoded_sum(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("z"),
+        py::arg("dictionary"), py::arg("c"), py::arg("out"), py::arg("rows"), py::arg("d"),
+        py::arg("m"), py::arg("alpha"), py::arg("dtype"), py::arg("stream"));
+}
+
 }  // namespace
 
 // One bind_ function per op.
@@ -335,4 +406,5 @@ PYBIND11_MODULE(_cuda, module) {
     bind_attention(module);
     bind_block(module);
     bind_ista(module);
+    bind_overcomplete_ista(module);
 }

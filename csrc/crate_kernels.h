@@ -207,4 +207,48 @@ struct IstaWeight {
 void ista_weight(const IstaWeight& args, cudaStream_t stream);
 int ista_weight_parts(int64_t rows, int d);
 
+// CRATE-alpha's step, in dictionaries D of (d, m): contiguous rows, d and m multiples of 8,
+// pointers of 16 bytes; dtype is float16 or bfloat16, of all matrices.
+
+// z = relu(c + step_size a D - threshold), and a bit for each element of z as IstaForward has them.
+struct OvercompleteCode {
+    const void* a;           // (rows, d)
+    const void* dictionary;  // (d, m)
+    const void* c;           // (rows, m), or null for 0
+    void* z;                 // (rows, m)
+    void* mask;              // ista_mask_bytes(rows, m), or null
+    int64_t rows;
+    int d, m;
+    float step_size, threshold;
+    Dtype dtype;
+};
+void overcomplete_code(const OvercompleteCode& args, cudaStream_t stream);
+
+// e = c + alpha a D where the mask has ones, else 0.
+struct OvercompleteCodeGradient {
+    const void* a;           // (rows, d)
+    const void* dictionary;  // (d, m)
+    const void* c;           // (rows, m), or null for 0
+    const void* mask;        // of overcomplete_code
+    void* e;                 // (rows, m)
+    int64_t rows;
+    int d, m;
+    float alpha;
+    Dtype dtype;
+};
+void overcomplete_code_gradient(const OvercompleteCodeGradient& args, cudaStream_t stream);
+
+// out = c + alpha z D^T.
+struct OvercompleteDecodedSum {
+    const void* z;           // (rows, m)
+    const void* dictionary;  // (d, m)
+    const void* c;           // (rows, d)
+    void* out;               // (rows, d)
+    int64_t rows;
+    int d, m;
+    float alpha;
+    Dtype dtype;
+};
+void overcomplete_decoded_sum(const OvercompleteDecodedSum& args, cudaStream_t stream);
+
 }  // namespace crate_kernels

@@ -130,13 +130,33 @@ def test_ista_that_the_cuda_kernels_take(dtype, d, against, on_hopper, fresh):
         assert reason.startswith(start)
 
 
-def test_overcomplete_ista_is_tritons(on_hopper, fresh):
-    given = {k: t.bfloat16() for k, t in overcomplete_inputs(5, 64).items()}
-    found = crate_kernels.explain("overcomplete_ista", **given)
-    assert found.chosen == "triton"
-    assert found.reasons["cuda"] == ("overcomplete_ista: no CUDA kernels are built for it",)
-    with pytest.raises(ValueError, match="no CUDA kernels are built for it"):
-        overcomplete_ista(**given, backend="cuda")
+@pytest.mark.parametrize(
+    ("dtype", "rows", "d", "m", "chosen", "against"),
+    [
+        (torch.bfloat16, 25216, 768, 3072, "cuda", []),
+        (torch.float16, 25216, 384, 1152, "cuda", []),
+        (torch.bfloat16, 1576, 768, 3072, "triton", []),  # few tokens
+        (torch.bfloat16, 25216, 192, 768, "triton", []),  # narrow
+        (torch.bfloat16, 25216, 772, 3088, "triton", ["D = 772: CUDA kernels take multiples of 8"]),
+        (torch.bfloat16, 25216, 768, 100, "triton", ["M = 100: CUDA kernels take multiples of 8"]),
+        (torch.float32, 25216, 20, 41, "triton", ["dtype torch.float32", "D = 20", "M = 41"]),
+    ],
+)
+def test_overcomplete_ista_that_the_cuda_kernels_take(
+    dtype, rows, d, m, chosen, against, on_hopper, fresh, monkeypatch
+):
+    given = (torch.empty(rows, d, dtype=dtype), torch.empty(d, m, dtype=dtype))
+    found = crate_kernels.explain("overcomplete_ista", *given)
+    assert found.chosen == chosen
+    assert len(found.reasons["cuda"]) == len(against)
+    for reason, start in zip(found.reasons["cuda"], against, strict=True):
+        assert reason.startswith(start)
+    if against:
+        with pytest.raises(ValueError, match=f"overcomplete_ista: .*'cuda'.*{against[-1]}"):
+            overcomplete_ista(*given, backend="cuda")
+    else:
+        monkeypatch.setattr(backends, "_against_triton_on", lambda *device: ("not installed",))
+        assert crate_kernels.explain("overcomplete_ista", *given).chosen == "cuda"
 
 
 def test_learned_and_signed_thresholds_are_tritons(on_hopper, fresh, monkeypatch):

@@ -13,8 +13,7 @@ from building import PATH, ROOT, build, copy_source, missing_tools
 
 from crate_kernels import backends
 from crate_kernels.block.cuda_kernels import MOST_COLUMNS
-from crate_kernels.cuda_extension import moments_shape
-from crate_kernels.ista.cuda_kernels import mask_bytes
+from crate_kernels.cuda_extension import mask_bytes, moments_shape
 
 pytestmark = pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}")
 

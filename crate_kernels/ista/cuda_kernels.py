@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_extension
-from ..cuda_extension import moments_shape, readable
+from ..cuda_extension import mask_bytes, moments_shape, readable
 from ..library import on_device_of, stream_of
 from . import triton_kernels
 
@@ -29,14 +29,6 @@ make_gram = triton_kernels.make_gram
 refresh_gram = triton_kernels.refresh_gram
 apply_weight = triton_kernels.apply_weight
 backward_weight = triton_kernels.backward_weight
-
-BLOCK_ROWS, BLOCK_COLUMNS = 128, 64  # of the mask, which comes in whole blocks
-
-
-def mask_bytes(rows: int, d: int) -> int:
-    """Size of the mask of (rows, d): a bit for each element of the blocks that it takes."""
-    blocks = ((rows + BLOCK_ROWS - 1) // BLOCK_ROWS) * ((d + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS)
-    return blocks * (BLOCK_ROWS * BLOCK_COLUMNS // 8)
 
 
 def apply_gram(x: Tensor, xc: Tensor, gram: Tensor, threshold: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_number, check_tensors, refuse
+from ..cuda_extension import mask_bytes
 from ..library import autocast_dtype, autocast_off, define, define_gradient
 from . import torch_kernels
 from .gram_cache import cached_gram, through_gram
@@ -175,7 +176,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = 0
     if backend == "cuda" and through_gram(x):
-        size = _kernels(backend).mask_bytes(x.numel() // x.shape[-1], x.shape[-1])
+        size = mask_bytes(x.numel() // x.shape[-1], x.shape[-1])
     gram = xc.new_empty(weight.shape if through_gram(x) else (0, 0))
     return _output_like(x, xc), gram, xc.new_empty(size, dtype=torch.uint8)
 

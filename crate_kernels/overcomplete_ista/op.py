@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_number, check_tensors, refuse
+from ..cuda_extension import mask_bytes, readable
 from ..library import (
     autocast_dtype,
     define,
@@ -54,16 +55,18 @@ def overcomplete_ista(
         step_size: eta >= 0.
         lambd: sparsity penalty lambda >= 0.
         memory: what is kept for the backward pass. "default": x, r, z1 and z2, 2 D + 2 M elements
-            a token. "low": x and r, 2 D; z1 and z2 are made again by two more GEMMs.
-        backend: "auto", "triton" or "reference"; see :func:`crate_kernels.explain`.
+            a token (and 2 M bits by CUDA). "low": x and r, 2 D; z1 and z2 are made again by two
+            more GEMMs.
+        backend: "auto", "cuda", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
     Returns:
         Shaped as x, contiguous, in the dtype that the published layer returns: autocast's where
         it is on, else that of x. The codes are kept in that dtype, the residual is rounded to it
-        from x in its own.
+        from x in its own (by CUDA from x rounded to it).
 
     Dtypes: float16, bfloat16, float32 (which honours ``torch.get_float32_matmul_precision()``),
-    float64 (by the reference backend).
+    float64 (by the reference backend). The CUDA backend computes in the first two, and takes D and
+    M that are multiples of 8.
 
     Raises:
         ValueError: shapes, devices, a negative step_size or lambd, memory or a backend that do
@@ -74,7 +77,8 @@ def overcomplete_ista(
     """
     _check(x, dictionary, decoder, step_size, lambd, memory)
     xc = x.detach().to(autocast_dtype(x))
-    backend = backends.choose("overcomplete_ista", backend, x, xc.dtype, None)
+    m = dictionary.shape[1]
+    backend = backends.choose("overcomplete_ista", backend, x, xc.dtype, None, columns=m)
     wants_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, dictionary, decoder)
     )
@@ -98,7 +102,8 @@ def explain_overcomplete_ista(
 ) -> backends.Explanation:
     """Which backends fit these arguments of :func:`overcomplete_ista`, and why others do not."""
     _check(x, dictionary, decoder, step_size, lambd, memory)
-    return backends.explain("overcomplete_ista", x, autocast_dtype(x), None)
+    m = dictionary.shape[1]
+    return backends.explain("overcomplete_ista", x, autocast_dtype(x), None, columns=m)
 
 
 def _check(
@@ -134,6 +139,10 @@ def _check(
 
 def _kernels(backend: str) -> Any:
     """The module that runs ``backend``; Triton is imported at the first launch, not before."""
+    if backend == "cuda":
+        from . import cuda_kernels
+
+        return cuda_kernels
     if backend == "triton":
         from . import triton_kernels
 
@@ -146,6 +155,18 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1]).contiguous()
 
 
+def _weight(t: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """A dictionary in the dtype of the GEMMs, as the backend reads it."""
+    return readable(t.to(dtype)) if backend == "cuda" else t.to(dtype)
+
+
+def _new_bits(xc: Tensor, dictionary: Tensor, wanted: bool) -> Tensor:
+    """Room for the bits of z1 and z2; none where they are not wanted."""
+    d, m = dictionary.shape
+    size = mask_bytes(xc.numel() // d, m) if wanted else 0
+    return xc.new_empty(2, size, dtype=torch.uint8)
+
+
 def _forward(
     x: Tensor,
     xc: Tensor,
@@ -155,19 +176,20 @@ def _forward(
     lambd: float,
     memory: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, and r, z1, z2 as far as ``memory`` keeps them."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, and r, z1, z2 as far as ``memory`` keeps them, with their bits."""
     kernels, dtype, threshold = _kernels(backend), xc.dtype, step_size * lambd
-    d = dictionary.to(dtype)
-    z1 = kernels.encode(_rows(xc), d, step_size, threshold)
-    r = kernels.residual(_rows(x), z1, d)
-    z2 = kernels.refine(z1, r, d, step_size, threshold)
+    d = _weight(dictionary, dtype, backend)
+    bits = _new_bits(xc, dictionary, backend == "cuda" and memory == "default")
+    z1 = kernels.encode(_rows(xc), d, step_size, threshold, bits[0])
+    r = kernels.residual(_rows(xc if backend == "cuda" else x), z1, d)
+    z2 = kernels.refine(z1, r, d, step_size, threshold, bits[1])
     if memory != "default":
         z1 = xc.new_empty(0)
     if memory == "none":
         r = xc.new_empty(0)
     out = z2 @ (d if decoder is None else decoder.to(dtype)).mT
-    return out.view(x.shape), r, z1, (z2 if memory == "default" else xc.new_empty(0))
+    return out.view(x.shape), r, z1, (z2 if memory == "default" else xc.new_empty(0)), bits
 
 
 def _backward(
@@ -176,6 +198,7 @@ def _backward(
     r: Tensor,
     z1: Tensor,
     z2: Tensor,
+    bits: Tensor,
     dictionary: Tensor,
     decoder: Tensor | None,
     wants: list[bool],
@@ -190,17 +213,18 @@ def _backward(
     wants_x, wants_dictionary, wants_decoder = wants
     dx, ddictionary, ddecoder = (xc.new_empty(0) for _ in wants)
     shape, xc, dout = xc.shape, _rows(xc), _rows(dout)
-    d = dictionary.to(dtype)
+    d = _weight(dictionary, dtype, backend)
     if memory == "low":
-        z1 = kernels.encode(xc, d, step_size, threshold)
-        z2 = kernels.refine(z1, r, d, step_size, threshold)
+        bits = _new_bits(xc, dictionary, backend == "cuda")
+        z1 = kernels.encode(xc, d, step_size, threshold, bits[0])
+        z2 = kernels.refine(z1, r, d, step_size, threshold, bits[1])
     if wants_decoder and decoder is not None:
         ddecoder = sum_over_tokens(dout, z2, decoder.dtype)
     if wants_x or wants_dictionary:
-        d1 = d if decoder is None else decoder.to(dtype)
-        e2 = kernels.refine_backward(dout, d1, z2, step_size)
+        d1 = d if decoder is None else _weight(decoder, dtype, backend)
+        e2 = kernels.refine_backward(dout, d1, z2, step_size, bits[1])
         dr = e2 @ d.mT
-        e1 = kernels.encode_backward(e2, dr, d, z1, step_size)
+        e1 = kernels.encode_backward(e2, dr, d, z1, step_size, bits[0])
         if wants_x:
             dx = kernels.input_gradient(dr, e1, d, x_dtype).view(shape)
         if wants_dictionary:
@@ -234,12 +258,13 @@ def _forward_fake(
     lambd: float,
     memory: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d, m = dictionary.shape
     rows, kept = x.numel() // d, memory == "default"
     codes = (rows, m) if kept else (0,)
     r = xc.new_empty((0,) if memory == "none" else (rows, d))
-    return xc.new_empty(x.shape), r, xc.new_empty(codes), xc.new_empty(codes)
+    bits = _new_bits(xc, dictionary, backend == "cuda" and kept)
+    return xc.new_empty(x.shape), r, xc.new_empty(codes), xc.new_empty(codes), bits
 
 
 def _backward_fake(
@@ -248,6 +273,7 @@ def _backward_fake(
     r: Tensor,
     z1: Tensor,
     z2: Tensor,
+    bits: Tensor,
     dictionary: Tensor,
     decoder: Tensor | None,
     wants: list[bool],
@@ -284,16 +310,18 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return dx, None, ddictionary, ddecoder, None, None, None, None
 
 
-# xc is x in the dtype of the GEMMs (x itself where that is its own); all gradient goes to x.
+# xc is x in the dtype of the GEMMs (x itself where that is its own); all gradient goes to x. bits
+# has a row for z1 and one for z2, empty but where the backend keeps bits for its backward pass.
 define(
     "overcomplete_ista(Tensor x, Tensor xc, Tensor dictionary, Tensor? decoder, float step_size,"
-    " float lambd, str memory, str backend) -> (Tensor out, Tensor r, Tensor z1, Tensor z2)",
+    " float lambd, str memory, str backend)"
+    " -> (Tensor out, Tensor r, Tensor z1, Tensor z2, Tensor bits)",
     _forward,
     _forward_fake,
 )
 define(
     "overcomplete_ista_backward(Tensor dout, Tensor xc, Tensor r, Tensor z1, Tensor z2,"
-    " Tensor dictionary, Tensor? decoder, bool[] wants, float step_size, float lambd,"
+    " Tensor bits, Tensor dictionary, Tensor? decoder, bool[] wants, float step_size, float lambd,"
     " ScalarType x_dtype, str memory, str backend) -> Tensor[]",
     _backward,
     _backward_fake,

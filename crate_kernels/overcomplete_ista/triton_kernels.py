@@ -19,7 +19,9 @@ from torch import Tensor
 from ..ista.triton_kernels import _gemm
 
 
-def encode(x: Tensor, dictionary: Tensor, step_size: float, threshold: float) -> Tensor:
+def encode(
+    x: Tensor, dictionary: Tensor, step_size: float, threshold: float, bits: Tensor | None = None
+) -> Tensor:
     z1 = x.new_empty(x.shape[0], dictionary.shape[1])
     _gemm(None, x, dictionary, z1, alpha=step_size, threshold=threshold, act="relu")
     return z1
@@ -31,20 +33,34 @@ def residual(x: Tensor, z1: Tensor, dictionary: Tensor) -> Tensor:
     return r
 
 
-def refine(z1: Tensor, r: Tensor, dictionary: Tensor, step_size: float, threshold: float) -> Tensor:
+def refine(
+    z1: Tensor,
+    r: Tensor,
+    dictionary: Tensor,
+    step_size: float,
+    threshold: float,
+    bits: Tensor | None = None,
+) -> Tensor:
     z2 = torch.empty_like(z1)
     _gemm(z1, r, dictionary, z2, alpha=step_size, threshold=threshold, act="relu")
     return z2
 
 
-def refine_backward(dout: Tensor, decoder: Tensor, z2: Tensor, step_size: float) -> Tensor:
+def refine_backward(
+    dout: Tensor, decoder: Tensor, z2: Tensor, step_size: float, bits: Tensor | None = None
+) -> Tensor:
     e2 = torch.empty_like(z2)
     _gemm(None, dout, decoder, e2, alpha=step_size, mask="result", y=z2)
     return e2
 
 
 def encode_backward(
-    e2: Tensor, dr: Tensor, dictionary: Tensor, z1: Tensor, step_size: float
+    e2: Tensor,
+    dr: Tensor,
+    dictionary: Tensor,
+    z1: Tensor,
+    step_size: float,
+    bits: Tensor | None = None,
 ) -> Tensor:
     e1 = torch.empty_like(e2)
     _gemm(e2, dr, dictionary, e1, alpha=-step_size, mask="result", y=z1)

@@ -20,11 +20,12 @@
 namespace crate_kernels {
 namespace {
 
-constexpr int kThreads = 128, kRows = 64, kColumns = 64, kDepth = 64;  // of a step
-constexpr int kBlocks = 4;                                             // of a cluster
+constexpr int kThreads = 128, kRows = 64, kColumns = 128, kDepth = 64;  // of a step
+constexpr int kBlocks = 4;                                              // of a cluster
 constexpr int kOwnColumns = kColumns / kBlocks, kOwnGroups = kOwnColumns / 8;
 constexpr int kBytesA = kRows * kDepth * 2, kBytesB = kColumns * kDepth * 2;
-constexpr int kMostSteps = ceil_div(kMostFewRowsDepth, kDepth* kBlocks);
+constexpr int kStepDepth = kBlocks * kDepth;  // of a cluster
+constexpr int kMostSteps = ceil_div(kMostFewRowsDepth, kStepDepth);
 
 constexpr int shared_bytes(int steps_of_block) {
     return kSwizzleAtomBytes + steps_of_block * (kBytesA + kBytesB) +
@@ -207,7 +208,7 @@ void launch(const FewRows& args, cudaStream_t stream) {
     p.scales = args.scales, p.sums = args.sums, p.shift = args.shift, p.c = args.c;
     p.out = args.out;
     p.rows = args.rows, p.n = args.n, p.k = args.k;
-    p.steps_of_block = ceil_div(args.k, kDepth * kBlocks);
+    p.steps_of_block = ceil_div(args.k, kStepDepth);
     p.eps = args.eps, p.threshold = args.threshold, p.clips = args.clips;
     allow_shared_memory(few_rows_kernel<T>, shared_bytes(kMostSteps));
     dim3 grid(ceil_div(args.n, kColumns) * kBlocks, ceil_div(args.rows, kRows));

@@ -60,4 +60,14 @@ __device__ __forceinline__ uint32_t mask_from_high_bytes(uint32_t bits) {
     return mask;
 }
 
+// Where a word of a mask (csrc/ista/tiles.cuh) has ones, of the columns 16 step .. 16 step + 15.
+__device__ __forceinline__ void mask_fragment(uint32_t (&a)[4], uint32_t word, int step) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        uint32_t bits = word << 2 * step + j;
+        a[2 * j] &= mask_from_low_bytes(bits);
+        a[2 * j + 1] &= mask_from_high_bytes(bits);
+    }
+}
+
 }  // namespace crate_kernels

@@ -46,7 +46,10 @@ struct PartPosition {
             }
         }
     }
-    __device__ void write(int block, const Pairs& pairs) const {
+    // Masked by the word, where kMasks.
+    template <bool kMasks>
+    __device__ void write(int block, const Pairs& pairs, uint32_t word) const {
+        static_assert(!kMasks || sizeof(Out) == 2, "pairs of 2-byte elements");
         uint32_t packed[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -57,14 +60,15 @@ struct PartPosition {
                 *pair(block, i / 2, i % 2) = two;
             }
         }
+        if constexpr (kMasks) mask_fragment(packed, word, block);
         if constexpr (sizeof(Out) == 2) store_matrices(matrices(block), packed);
     }
 };
 
-// sums += c, which the backward pass masks.
+// sums = c + sums, or c + alpha sums; the backward pass masks c.
 template <typename Config, int kPart>
-__device__ __forceinline__ void add_part(PartPosition<Config> part, float (&sums)[Config::kSums],
-                                         uint32_t word) {
+__device__ __forceinline__ void add_part(PartPosition<Config> part, float alpha,
+                                         float (&sums)[Config::kSums], uint32_t word) {
     constexpr int kFirst = Config::column_of(kPart) / 8;
 #pragma unroll
     for (int j = 0; j < Config::kPartColumns / 8; j += 2) {
@@ -78,8 +82,11 @@ __device__ __forceinline__ void add_part(PartPosition<Config> part, float (&sums
                 if (!(word & mask_bit(in_word, h, 0))) c.x = 0;
                 if (!(word & mask_bit(in_word, h, 1))) c.y = 0;
             }
-            sums[4 * (kFirst + j + e) + 2 * h] += c.x;
-            sums[4 * (kFirst + j + e) + 2 * h + 1] += c.y;
+            float& first = sums[4 * (kFirst + j + e) + 2 * h];
+            float& second = sums[4 * (kFirst + j + e) + 2 * h + 1];
+            if constexpr (Config::kScales) first *= alpha, second *= alpha;
+            first += c.x;
+            second += c.y;
         }
     }
 }
@@ -208,10 +215,10 @@ __device__ __forceinline__ void write_moments(const GemmParams& p, const RowMome
     }
 }
 
-// The output, which is left in sums as well.
+// The output, which is left in sums as well, but for what the word masks of it.
 template <typename Config, int kPart>
-__device__ __forceinline__ void write_part(PartPosition<Config> part, const float* columns,
-                                           const float2* rows, float threshold,
+__device__ __forceinline__ void write_part(const GemmParams& p, PartPosition<Config> part,
+                                           const float* columns, const float2* rows, uint32_t word,
                                            float (&sums)[Config::kSums]) {
     constexpr int kFirst = Config::column_of(kPart) / 8;
     rows += Config::half_of(kPart) * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
@@ -228,14 +235,15 @@ __device__ __forceinline__ void write_part(PartPosition<Config> part, const floa
         for (int i = 0; i < 4; ++i) {
             float& first = sums[4 * (kFirst + j) + 4 * (i / 2) + 2 * (i % 2)];
             float& second = sums[4 * (kFirst + j) + 4 * (i / 2) + 2 * (i % 2) + 1];
+            if constexpr (Config::kScales && !Config::kHasC) first *= p.alpha, second *= p.alpha;
             if constexpr (Config::kClips) {
-                if constexpr (!Config::kNorms) first -= threshold, second -= threshold;
+                if constexpr (!Config::kNorms) first -= p.threshold, second -= p.threshold;
                 first = zero_or_more(first);
                 second = zero_or_more(second);
             }
             pairs[i / 2][i % 2] = {first, second};
         }
-        part.write(j / 2, pairs);
+        part.template write<Config::kMasksResult>(j / 2, pairs, word);
     }
 }
 
@@ -269,19 +277,19 @@ __device__ __forceinline__ uint32_t bits_of_part(const float (&sums)[Config::kSu
 template <typename Config>
 struct TileMask {
     uint32_t* first;
-    int k_blocks;  // those that there are from here on, 0 without a mask
+    int blocks;  // those that there are from here on, 0 without a mask
 
     __device__ TileMask(const GemmParams& p, const Tile& tile) {
-        int k_block = tile.n_block * Config::kBlockN / kBlockK;
-        k_blocks = p.mask && tile.m_block < p.m_blocks ? p.k_blocks - k_block : 0;
-        first = p.mask + (int64_t(tile.m_block) * p.k_blocks + k_block) * kMaskWords +
-                threadIdx.x % 128;
+        int block = tile.n_block * Config::kBlockN / kBlockK;
+        const int& in_row = Config::kScales ? p.n_blocks : p.k_blocks;  // ISTA's n is k
+        blocks = p.mask && tile.m_block < p.m_blocks ? in_row - block : 0;
+        first = p.mask + (int64_t(tile.m_block) * in_row + block) * kMaskWords + threadIdx.x % 128;
     }
     template <int kPart>
     __device__ __forceinline__ uint32_t* word() const {
         constexpr int kBlock = Config::column_of(kPart) / kBlockK;
         constexpr int kHalf = Config::half_of(kPart);
-        return kBlock < k_blocks ? first + kBlock * kMaskWords + kHalf * 128 : nullptr;
+        return kBlock < blocks ? first + kBlock * kMaskWords + kHalf * 128 : nullptr;
     }
 };
 
@@ -296,8 +304,8 @@ __device__ __forceinline__ void load_part(const GemmParams& p, GemmShared<Config
 }
 
 // Parts kPart, kPart + 1, ... of the tile that the schedule is at; kAhead parts later ones of c
-// (maybe of the next tile) are loaded meanwhile. `word` is of the mask that is being made,
-// `moments` of the tile's rows so far.
+// (maybe of the next tile) are loaded meanwhile. `word` is of the mask that is being made, or this
+// part's of the one that masks the output; `moments` are of the tile's rows so far.
 template <typename Config, int kPart>
 __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Config> shared,
                                             int consumer, const Schedule& schedule,
@@ -311,18 +319,26 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
     PartPosition<Config> part(shared.base, shared.part_offset(consumer, at.slot));
     auto& part_sums = sums[Config::half_of(kPart)];
 
+    // the mask
+    uint32_t kept = 0;
+    if constexpr (Config::kProduct == Product::kBackward) {
+        const uint32_t* from = mask.template word<kPart>();
+        if (from) kept = load_word_now(from);
+    } else if constexpr (Config::kMasksResult) {  // the part's was loaded before
+        kept = word;
+        if constexpr (kPart + 1 < Config::kParts) {
+            const uint32_t* from = mask.template word<kPart + 1>();
+            if (from) word = load_word_now(from);
+        }
+    }
+
     // c
     if constexpr (Config::kHasC) {
-        uint32_t kept = 0;
-        if constexpr (Config::kProduct == Product::kBackward) {
-            const uint32_t* from = mask.template word<kPart>();
-            if (from) kept = load_word_now(from);
-        }
         barrier_wait(shared.part_loaded(consumer, at.slot), at.parity);
         if constexpr (Config::kProduct == Product::kRowSums) {
             sum_rows<Config, kPart>(p, part, column, row, part_sums);
         } else {
-            add_part<Config, kPart>(part, part_sums, kept);
+            add_part<Config, kPart>(part, p.alpha, part_sums, kept);
         }
         if constexpr (Config::kColumnNumbers > 0 && kPart == 0) {
             sync_threads_of(1 + consumer, Config::kConsumerThreads);  // load_numbers is done
@@ -333,7 +349,7 @@ __device__ __forceinline__ void finish_tile(const GemmParams& p, GemmShared<Conf
     }
 
     // output
-    write_part<Config, kPart>(part, shared.columns(consumer), shared.rows(consumer), p.threshold,
+    write_part<Config, kPart>(p, part, shared.columns(consumer), shared.rows(consumer), kept,
                               part_sums);
     fence_async_proxy();
     sync_threads_of(1 + consumer, Config::kConsumerThreads);

@@ -10,6 +10,13 @@
 //     normed    w  = rstd (a b - mean s) + f, a = x, b = (U diag(gamma))^T, s its column sums
 //     residual  z  = c + a b + f, a = o, b = V^T, c = x      and moments
 //
+// and in those of CRATE-alpha's dictionaries (docs/overcomplete_ista.md), b = D or D^T:
+//     encode    z  = relu(alpha a b - t),      a = x         and the bits of z > 0
+//     refine    z  = relu(c + alpha a b - t),  a = r, c = z  the same
+//     masked    e  = alpha a b,                a = dout      where the bits say so, else 0
+//     masked sum     c + alpha a b,            a = dr, c = e the same
+//     scaled sum     c + alpha a b,            a = z or e
+//
 // Blocks are persistent and come in clusters of two, which may share their rows of A or columns of
 // B. One warp loads [128, 64] of A and [64, kBlockN] of B per stage; two warpgroups take tiles of
 // the output in turn, so that one's epilogue hides behind the other's products. In the backward
@@ -159,16 +166,6 @@ __device__ __forceinline__ void multiply(const GemmParams& p, GemmShared<Config>
     release(previous);
 }
 
-// Where the mask has ones, of fragment `step` of a row of A.
-__device__ __forceinline__ void mask_fragment(uint32_t (&a)[4], uint32_t word, int step) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        uint32_t bits = word << 2 * step + j;
-        a[2 * j] &= mask_from_low_bytes(bits);
-        a[2 * j + 1] &= mask_from_high_bytes(bits);
-    }
-}
-
 // The same with dy for A, masked in registers. A stage is eight products of [64, 16] of A: while up
 // to kRunning run, the next one's A is masked and that of the one kAhead later is loaded, as far as
 // registers allow. Masked stages of the tile's own columns are also put back and leave as g.
@@ -283,6 +280,11 @@ __device__ __forceinline__ void consume(const GemmParams& p, GemmShared<Config> 
         if constexpr (Config::kColumnNumbers > 0) {
             load_numbers<Config>(p, shared.columns(consumer), shared.rows(consumer), tile);
         }
+        uint32_t word;
+        if constexpr (Config::kMasksResult) {
+            const uint32_t* from = TileMask<Config>(p, tile).template word<0>();
+            word = from ? load_word_now(from) : 0;
+        }
         Turn turn{schedule.first(p), schedule.last(p), consumer};
         if constexpr (Config::kMasksA) {
             multiply_masked(p, shared, tile, at, release, turn, sums);
@@ -291,7 +293,6 @@ __device__ __forceinline__ void consume(const GemmParams& p, GemmShared<Config> 
         }
         pin_registers(sums[0]);
         pin_registers(sums[1]);
-        uint32_t word;
         RowMoments moments;
         finish_tile<Config, 0>(p, shared, consumer, schedule, tile, part_at, sums, word, moments);
         schedule.advance(p);

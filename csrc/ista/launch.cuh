@@ -17,7 +17,7 @@ struct GemmOperands {
     uint32_t* mask = nullptr;
     int64_t m, n, k;
     Dtype dtype, out_dtype;
-    float threshold = 0;
+    float threshold = 0, alpha = 1;
     float* row_sums = nullptr;
     float* moments = nullptr;
     const float* row_statistics = nullptr;
@@ -62,6 +62,8 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
     p.rows = x.m;
     p.n = x.n;
     p.threshold = x.threshold;
+    p.alpha = x.alpha;
+    p.n_blocks = ceil_div(x.n, kBlockK);
     p.m_blocks = ceil_div(x.m, kBlockM);
     p.k_blocks = ceil_div(x.k, kBlockK);
     p.m_per_cluster = plan.m_per_cluster;

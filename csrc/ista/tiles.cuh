@@ -14,7 +14,12 @@ enum class Product {
     kPlain,
     kRowSums,
     kNormed,
-    kResidual
+    kResidual,
+    kEncode,
+    kRefine,
+    kMasked,
+    kMaskedSum,
+    kScaledSum
 };
 
 inline constexpr int kBlockM = 128, kBlockK = 64;
@@ -41,6 +46,9 @@ struct GemmParams {
     int m_per_cluster, n_per_cluster;  // 2, 1: B is shared. 1, 2: A is. 1, 1: nothing is
     int groups_m, groups_n, units, step;
     float threshold;
+    // Of products that scale: the factor, and how many blocks of 64 columns the output's mask has.
+    float alpha;
+    int n_blocks;
 };
 
 template <typename T_, typename Out_, int kBlockN_, Product kProduct_>
@@ -53,16 +61,22 @@ struct GemmConfig {
     static constexpr Transposed kTransposedB =
         kProduct == Product::kBackward || kProduct == Product::kPlain ||
                 kProduct == Product::kNormed || kProduct == Product::kNormedForward ||
-                kProduct == Product::kResidual
+                kProduct == Product::kResidual || kProduct == Product::kScaledSum
             ? kNo
             : kYes;
     static constexpr bool kNorms =
         kProduct == Product::kNormed || kProduct == Product::kNormedForward;
-    static constexpr bool kHasC = kProduct != Product::kWeight && !kNorms;
-    static constexpr bool kClips =
-        kProduct == Product::kForward || kProduct == Product::kNormedForward;
+    static constexpr bool kMasksResult =
+        kProduct == Product::kMasked || kProduct == Product::kMaskedSum;
+    static constexpr bool kScales = kMasksResult || kProduct == Product::kEncode ||
+                                    kProduct == Product::kRefine || kProduct == Product::kScaledSum;
+    static constexpr bool kHasC = kProduct != Product::kWeight && !kNorms &&
+                                  kProduct != Product::kEncode && kProduct != Product::kMasked;
+    static constexpr bool kClips = kProduct == Product::kForward ||
+                                   kProduct == Product::kNormedForward ||
+                                   kProduct == Product::kEncode || kProduct == Product::kRefine;
     static constexpr bool kHasMoments =
-        (kClips && sizeof(Out) == 2) || kProduct == Product::kResidual;
+        (kClips && !kScales && sizeof(Out) == 2) || kProduct == Product::kResidual;
     // dy in float32 comes with a rounded g made before.
     static constexpr bool kMasksA = kProduct == Product::kBackward && sizeof(Out) == 2;
 

@@ -210,5 +210,6 @@ bool test_normed_ista_everywhere();
 bool test_normed_projection_everywhere();
 bool test_residual_projection_everywhere();
 bool test_normalise_backward_everywhere();
+bool test_overcomplete_ista_everywhere();
 
 }  // namespace crate_kernels

@@ -26,6 +26,7 @@ int main() {
         passed &= test_normalise_backward_everywhere();
         passed &= test_ista_everywhere();
         passed &= test_normed_ista_everywhere();
+        passed &= test_overcomplete_ista_everywhere();
         return passed ? 0 : 1;
     } catch (const std::exception& error) {
         std::printf("FAILED: %s\n", error.what());
