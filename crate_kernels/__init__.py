@@ -2,8 +2,9 @@
 
 Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, what comes before it,
 :func:`tied_rotary`, and its step of generation, :func:`tied_attention_decode`, a whole layer,
-:func:`crate_block`, the stem, :func:`patch_embedding`, and the ISTA of CRATE-alpha,
-:func:`overcomplete_ista`, each with its ``*_reference`` twin.
+:func:`crate_block`, the stem, :func:`patch_embedding`, and of CRATE-alpha its ISTA,
+:func:`overcomplete_ista`, and what is between its steps, :func:`residual_norm`, each with its
+``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back,
 :func:`prepare_for_inference` makes once what a call makes of the weights.
 """
@@ -40,6 +41,8 @@ from .patch_embedding.reference import (
     patch_embedding_reference,
     patch_embedding_reference_backward,
 )
+from .residual_norm.op import explain_residual_norm, residual_norm
+from .residual_norm.reference import residual_norm_reference, residual_norm_reference_backward
 from .rotary.op import explain_tied_rotary, tied_rotary
 from .rotary.reference import tied_rotary_reference, tied_rotary_reference_backward
 
@@ -67,6 +70,9 @@ __all__ = [
     "patch_embedding_reference",
     "patch_embedding_reference_backward",
     "prepare_for_inference",
+    "residual_norm",
+    "residual_norm_reference",
+    "residual_norm_reference_backward",
     "tied_attention",
     "tied_attention_decode",
     "tied_attention_decode_reference",
@@ -96,6 +102,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         "crate_block": explain_crate_block,
         "patch_embedding": explain_patch_embedding,
         "overcomplete_ista": explain_overcomplete_ista,
+        "residual_norm": explain_residual_norm,
     }
     if op not in explainers:
         raise ValueError(f"explain: expected op to be one of {sorted(explainers)}, got {op!r}")

@@ -34,7 +34,8 @@ CUDA_ISTA_LEAST = 128 * 128 * 132
 # Columns below which overcomplete_ista stays with Triton; measured at 25216 x 768 alone, where CUDA
 # takes 2.18 ms against 2.47, forward and backward.
 CUDA_OVERCOMPLETE_LEAST_D = 384
-WITHOUT_CUDA = ("tied_attention_decode",)  # ops that csrc/ has no kernels for
+# Ops that csrc/ has no kernels for.
+WITHOUT_CUDA = ("residual_norm", "tied_attention_decode")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import ista_inputs, mssa_inputs, overcomplete_inputs
+from residuals import residual_inputs
 
 import crate_kernels
 from crate_kernels import backends, ista, mssa, overcomplete_ista, tied_attention
@@ -157,6 +158,15 @@ def test_overcomplete_ista_that_the_cuda_kernels_take(
     else:
         monkeypatch.setattr(backends, "_against_triton_on", lambda *device: ("not installed",))
         assert crate_kernels.explain("overcomplete_ista", *given).chosen == "cuda"
+
+
+def test_residual_norm_is_tritons(on_hopper, fresh):
+    given = {k: t.bfloat16() for k, t in residual_inputs(5, 64).items()}
+    found = crate_kernels.explain("residual_norm", **given)
+    assert found.chosen == "triton"
+    assert found.reasons["cuda"] == ("residual_norm: no CUDA kernels are built for it",)
+    with pytest.raises(ValueError, match="no CUDA kernels are built for it"):
+        crate_kernels.residual_norm(**given, backend="cuda")
 
 
 def test_learned_and_signed_thresholds_are_tritons(on_hopper, fresh, monkeypatch):

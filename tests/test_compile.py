@@ -16,10 +16,11 @@ from helpers import (
     patch_embedding_inputs,
     results,
 )
+from residuals import FORMS, cast, residual_inputs
 from thresholds import threshold_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from crate_kernels import ista, mssa, overcomplete_ista, tied_attention
+from crate_kernels import ista, mssa, overcomplete_ista, residual_norm, tied_attention
 from crate_kernels.block.op import PARAMETERS
 from crate_kernels.mssa import torch_kernels
 
@@ -161,6 +162,29 @@ def test_opcheck_overcomplete_ista(memory, c_dtype, tied):
         torch.library.opcheck(OPS.overcomplete_ista_backward, (*saved, *options))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("x_dtype", "c_dtype"), [("float64",) * 2, ("float32", "bfloat16"), ("float16",) * 2]
+)
+def test_opcheck_residual_norm(form, x_dtype, c_dtype):
+    x_dtype, c_dtype = getattr(torch, x_dtype), getattr(torch, c_dtype)
+    for shape in ((2, 5, 8), (6,)):
+        inputs = cast(residual_inputs(*shape, form=form), x_dtype, c_dtype)
+        given = [inputs.get(name) for name in ("x", "weight", "bias", "y", "scale")]
+        rest = (1e-5, c_dtype, "reference")
+        torch.library.opcheck(OPS.residual_norm, (*given, *rest))
+        leaves = [None if t is None else t.clone().requires_grad_() for t in given]
+        torch.library.opcheck(OPS.residual_norm, (*leaves, *rest))
+        z, h, stats = OPS.residual_norm(*given, *rest)
+        x, weight, _, y, scale = given
+        z = x if y is None else z
+        kept = (torch.randn_like(h), z, stats, weight, y if scale is not None else None, scale)
+        same = y is None or (scale is None and x_dtype == c_dtype)  # dy is dx, if there is any
+        for dz, y_dtype in ((None, None), (torch.randn_like(z), None if same else c_dtype)):
+            options = (x_dtype, y_dtype, "reference")
+            torch.library.opcheck(OPS.residual_norm_backward, (dz, *kept, *options))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck_tied_attention_decode(dtype):
     w, cache, lengths = decode_inputs(2, 2, 4, 9, (4, 7))
@@ -211,11 +235,18 @@ def test_every_registered_op_is_checked_above():
             "overcomplete_ista_backward",
             "patch_embedding",
             "patch_embedding_backward",
+            "residual_norm",
+            "residual_norm_backward",
         )
     }
 
 
 # ---- torch.compile
+
+
+def sum_and_norm(**inputs):
+    z, h = residual_norm(**inputs)
+    return z + 2 * h
 
 
 def samples():
@@ -233,6 +264,8 @@ def samples():
     for memory, tied in (("default", False), ("low", True)):
         given = overcomplete_inputs(2, 6, 8, tied=tied)
         cases[f"overcomplete {memory}"] = (overcomplete_ista, given, {"memory": memory})
+    for form in FORMS:
+        cases[f"residual_norm {form}"] = (sum_and_norm, residual_inputs(2, 6, 8, form=form), {})
     return cases
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import crate_kernels
-from crate_kernels import ista, mssa, overcomplete_ista, tied_attention
+from crate_kernels import ista, mssa, overcomplete_ista, residual_norm, tied_attention
 from crate_kernels.ista import gram_cache
 
 NAN, INF = float("nan"), float("inf")
@@ -148,11 +148,37 @@ OVERCOMPLETE = {
     "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
 }
 
+RESIDUAL = {
+    "weight of rank 2": ({"weight": zeros(1, 8)}, ValueError, "weight of shape (D,)", "(1, 8)"),
+    "weight empty": ({"weight": zeros(0)}, ValueError, "D > 0", "(0,)"),
+    "bias too short": ({"bias": zeros(7)}, ValueError, "bias of shape (D,) = (8,)", "(7,)"),
+    "x of another width": ({"x": zeros(2, 5, 7)}, ValueError, "D = 8", "(2, 5, 7)"),
+    "x a scalar": ({"x": torch.tensor(1.0)}, ValueError, "x of shape (..., D)", "()"),
+    "y of another shape": ({"y": zeros(1, 5, 8)}, ValueError, "y of the shape of x", "(1, 5, 8)"),
+    "scale too long": ({"scale": zeros(9)}, ValueError, "scale of shape (D,) = (8,)", "(9,)"),
+    "scale alone": ({"y": None}, ValueError, "scale only together with y", "scale without y"),
+    "eps 0": ({"eps": 0.0}, ValueError, "eps to be finite and > 0", "0.0"),
+    "eps a tensor": ({"eps": torch.tensor(1.0)}, TypeError, "eps to be a float", "Tensor"),
+    "x None": ({"x": None}, TypeError, "x to be a torch.Tensor", "NoneType"),
+    "bias None": ({"bias": None}, TypeError, "bias to be a torch.Tensor", "NoneType"),
+    "y a list": ({"y": [1.0]}, TypeError, "y to be a torch.Tensor", "list"),
+    "integers": ({"x": zeros(2, 5, 8, dtype=torch.int64)}, TypeError, "x of dtype", "torch.int64"),
+    "mixed dtypes": (
+        {"y": zeros(2, 5, 8, dtype=torch.bfloat16)},
+        TypeError,
+        "y of the dtype of x, torch.float32, when autocast is off",
+        "torch.bfloat16",
+    ),
+    "mixed devices": ({"scale": zeros(8, device="meta")}, ValueError, "scale on the", "meta"),
+    "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
+}
+
 TABLES = {
     "mssa": (mssa, MSSA),
     "tied_attention": (tied_attention, CORE),
     "ista": (ista, ISTA),
     "overcomplete_ista": (overcomplete_ista, OVERCOMPLETE),
+    "residual_norm": (residual_norm, RESIDUAL),
 }
 
 
@@ -162,6 +188,9 @@ def working_call(op):
         return {**tensors(), "heads": 2}
     if op == "overcomplete_ista":
         return {"x": x, "dictionary": torch.randn(8, 12), "decoder": torch.randn(8, 12)}
+    if op == "residual_norm":
+        weight, bias, scale = torch.randn(3, 8)
+        return {"x": x, "weight": weight, "bias": bias, "y": torch.randn(2, 5, 8), "scale": scale}
     return {"w": x, "heads": 2} if op == "tied_attention" else {"x": x, "weight": torch.eye(8)}
 
 
@@ -194,14 +223,17 @@ def test_explain_refuses_what_the_op_refuses(op, name):
 
 def test_the_calls_work_without_the_change():
     for op, (function, _) in TABLES.items():
-        assert function(**working_call(op)).shape == (2, 5, 8)
+        results = function(**working_call(op))
+        for t in results if op == "residual_norm" else (results,):
+            assert t.shape == (2, 5, 8)
         assert crate_kernels.explain(op, **working_call(op)).op == op
 
 
 @pytest.mark.parametrize("op", TABLES)
 def test_mixed_dtypes_are_welcome_under_autocast_but_for_float64(op):
     call = working_call(op)
-    name = {"mssa": "w_qkv", "ista": "weight", "overcomplete_ista": "decoder"}.get(op)
+    name = {"mssa": "w_qkv", "ista": "weight", "overcomplete_ista": "decoder"}
+    name = {**name, "residual_norm": "y"}.get(op)
     if name is None:
         return
     with torch.autocast("cpu", torch.bfloat16):

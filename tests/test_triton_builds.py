@@ -23,6 +23,7 @@ from crate_kernels.mssa import triton_kernels as mssa_kernels
 from crate_kernels.mssa.masks import Mask
 from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kernels
 from crate_kernels.patch_embedding import triton_kernels as stem_kernels
+from crate_kernels.residual_norm import triton_kernels as residual_kernels
 from crate_kernels.rotary import triton_kernels as rotary_kernels
 
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="nothing is compiled there")
@@ -105,6 +106,19 @@ def launch_block(dtype, x_dtype, d):
         block_kernels.rounded(meta(2 * d, d, dtype=x_dtype), out, meta(d, d, dtype=x_dtype), dtype)
     block_kernels.normalise_backward(h, z, stats, gamma, gamma, None, True, True)
     block_kernels.normalise_backward(h, z, stats, gamma, gamma, z, False, False, True)
+
+
+def launch_residual_norm(x_dtype, dtype, d):
+    x, y = meta(300, d, dtype=x_dtype), meta(300, d, dtype=dtype)
+    gamma, h = meta(d, dtype=torch.float32), meta(300, d, dtype=dtype)
+    for added in ((None, None), (y, None), (y, gamma)):
+        z, _, stats = residual_kernels.forward(x, *added, gamma, gamma, 1e-6, x_dtype, dtype)
+        z = x if z is None else z
+        y_dtype = None if added[0] is None else dtype
+        kept = None if added[1] is None else y  # for dscale
+        for dz in (None, z):
+            given = (dz, h, z, stats, gamma, kept, added[1])
+            residual_kernels.backward(*given, x_dtype, y_dtype)
 
 
 def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):
@@ -229,6 +243,22 @@ def test_passes_over_rows_build(capability, x_dtype):
         launch_patch_embedding(torch.bfloat16, x_dtype, 1, (14, 7), 33)
         launch_patch_embedding(torch.bfloat16, x_dtype, 3, (32, 32), 1280)
     check(builds, capability)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)]
+)
+def test_residual_norm_builds(capability, x_dtype, dtype):
+    with builds_for(capability) as builds:
+        for d in (1, 20, 192, 768, 1280, 4096):
+            launch_residual_norm(x_dtype, dtype, d)
+    check(builds, capability)
+    assert {build.name for build in builds} == {
+        "normalise_kernel",
+        "normalise_backward_kernel",
+        "sum_partials_kernel",
+    }
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

@@ -84,5 +84,5 @@ def layer_norm_backward(
     zhat = (z - z.mean(-1, keepdim=True)) * rstd
     t = gamma * dh
     dz = rstd * (t - t.mean(-1, keepdim=True) - zhat * (t * zhat).mean(-1, keepdim=True))
-    rows = tuple(range(z.dim() - 1))
-    return dz, (dh * zhat).sum(rows), dh.sum(rows)
+    d = z.shape[-1]
+    return dz, (dh * zhat).reshape(-1, d).sum(0), dh.reshape(-1, d).sum(0)

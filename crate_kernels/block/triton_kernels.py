@@ -1,13 +1,16 @@
 """The passes over rows of a CRATE layer in Triton: bound by memory, each tensor read once.
 
-    forward   z = x (+ p + b), h = gamma (z - mean) rstd + beta            normalise_kernel
+    forward   z = x (+ s p + b), h = gamma (z - mean) rstd + beta          normalise_kernel
               in place of h: U diag(gamma), its row sums and U beta        fold_kernel
               in place of u: diag(gamma) (I + G), column sums, beta (I + G)  fold_gram_kernel
               in place of a pass over x or z: mean, rstd from moments      statistics_kernel
               the weights in the dtype of the GEMMs                        round_kernel
     backward  t = gamma dh, zhat = (z - mean) rstd                         normalise_backward_kernel
               dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is), and h again
-              dgamma = sum dh zhat, dbeta = sum dh, db = sum dz            and sum_partials_kernel
+              dp = s dz, dgamma = sum dh zhat, dbeta = sum dh              and sum_partials_kernel
+              db = sum dz or ds = sum dz p
+
+s is None here: crate_kernels/residual_norm has it.
 
 A program of the backward pass keeps its part of the three sums in registers; the parts are added
 in a fixed order, so results are bitwise repeatable. The contracts are those of torch_kernels.py.
@@ -49,7 +52,7 @@ def backward_config(d: int) -> RowsConfig:
 
 @triton.jit
 def normalise_kernel(
-    X, P, BIAS, GAMMA, BETA, Z, H, STATS, n_rows, eps,
+    X, P, SCALE, BIAS, GAMMA, BETA, Z, H, STATS, n_rows, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, WRITE_Z: tl.constexpr, WRITE_H: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +65,10 @@ def normalise_kernel(
         beta = tl.load(BETA + col, mask=col < D, other=0.0).to(tl.float32)
     z = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        z += tl.load(P + at, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(P + at, mask=inside, other=0.0).to(tl.float32)
+        if SCALE is not None:
+            p *= tl.load(SCALE + col, mask=col < D, other=0.0).to(tl.float32)
+        z += p
     if ADD_BIAS:
         z += tl.load(BIAS + col, mask=col < D, other=0.0).to(tl.float32)
     if WRITE_Z:
@@ -167,7 +173,7 @@ def round_kernel(
 
 @triton.jit
 def _load_rows(
-    DH, Z, STATS, SKIP, row, col, n_rows,
+    DH, Z, STATS, SKIP, P, row, col, n_rows,
     D: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     at = row.to(tl.int64) * D + col
@@ -175,37 +181,40 @@ def _load_rows(
     dh = tl.load(DH + at, mask=inside, other=0.0)
     z = tl.load(Z + at, mask=inside, other=0.0)
     skip = tl.load(SKIP + at, mask=inside, other=0.0) if ADD else dh
+    p = dh if P is None else tl.load(P + at, mask=inside, other=0.0)
     mean = tl.load(STATS + 2 * row, mask=row < n_rows, other=0.0)
     rstd = tl.load(STATS + 2 * row + 1, mask=row < n_rows, other=0.0)
-    return dh, z, skip, mean, rstd
+    return dh, z, skip, p, mean, rstd
 
 
 @triton.jit
 def normalise_backward_kernel(
-    DH, Z, STATS, GAMMA, BETA, SKIP, DZ, H, PARTIALS, n_rows,
+    DH, Z, STATS, GAMMA, BETA, SKIP, P, SCALE, DZ, DP, H, PARTIALS, n_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz summed."""
+    """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz (P) summed."""
     col = tl.arange(0, BLOCK)[None, :]
     gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
     if WRITE_H:
         beta = tl.load(BETA + col, mask=col < D, other=0.0).to(tl.float32)
+    if SCALE is not None:
+        scale = tl.load(SCALE + col, mask=col < D, other=0.0).to(tl.float32)
     sum_gamma = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_beta = tl.zeros((ROWS, BLOCK), tl.float32)
     if SUM_DZ:
         sum_dz = tl.zeros((ROWS, BLOCK), tl.float32)
     step = tl.num_programs(0) * ROWS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    dh_next, z_next, skip_next, mean_next, rstd_next = _load_rows(
-        DH, Z, STATS, SKIP, row, col, n_rows, D, ADD
+    dh_next, z_next, skip_next, p_next, mean_next, rstd_next = _load_rows(
+        DH, Z, STATS, SKIP, P, row, col, n_rows, D, ADD
     )
     for first in range(tl.program_id(0) * ROWS, n_rows, step):
         dh, z, skip = dh_next.to(tl.float32), z_next.to(tl.float32), skip_next
-        mean, rstd = mean_next, rstd_next
+        p, mean, rstd = p_next, mean_next, rstd_next
         row = first + tl.arange(0, ROWS)[:, None]
-        dh_next, z_next, skip_next, mean_next, rstd_next = _load_rows(
-            DH, Z, STATS, SKIP, row + step, col, n_rows, D, ADD
+        dh_next, z_next, skip_next, p_next, mean_next, rstd_next = _load_rows(
+            DH, Z, STATS, SKIP, P, row + step, col, n_rows, D, ADD
         )
         at = row.to(tl.int64) * D + col
         inside = (row < n_rows) & (col < D)
@@ -219,11 +228,16 @@ def normalise_backward_kernel(
         if MASK:
             dz = tl.where(z == 0, 0.0, dz)
         tl.store(DZ + at, dz.to(DZ.dtype.element_ty), mask=inside)
+        if DP is not None:
+            dp = dz if SCALE is None else dz * scale
+            tl.store(DP + at, dp.to(DP.dtype.element_ty), mask=inside)
         if WRITE_H:
             tl.store(H + at, (gamma * zhat + beta).to(H.dtype.element_ty), mask=inside)
         sum_gamma += dh * zhat
         sum_beta += dh
         if SUM_DZ:
+            if P is not None:
+                dz *= p.to(tl.float32)
             sum_dz += tl.where(inside, dz, 0.0)
     sums = 3 if SUM_DZ else 2
     to = PARTIALS + tl.program_id(0) * (sums * D) + tl.arange(0, BLOCK)
@@ -299,7 +313,7 @@ def _launch_normalise(
     if n_rows > 0:
         with on_device_of(x):
             normalise_kernel[(triton.cdiv(n_rows, config.rows),)](
-                x, p, bias, gamma, beta, z, h, stats, n_rows, eps,
+                x, p, None, bias, gamma, beta, z, h, stats, n_rows, eps,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=p is not None, ADD_BIAS=bias is not None, WRITE_Z=writes_z,
                 WRITE_H=h is not None, num_warps=config.num_warps,
@@ -388,7 +402,7 @@ def normalise_backward(
     if n_rows > 0:
         with on_device_of(z):
             normalise_backward_kernel[(programs,)](
-                dh, z, stats, gamma, beta, skip, dz, h, partials, n_rows,
+                dh, z, stats, gamma, beta, skip, None, None, dz, None, h, partials, n_rows,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=skip is not None, WRITE_H=wants_h, SUM_DZ=wants_sum, MASK=masks,
                 num_warps=config.num_warps,

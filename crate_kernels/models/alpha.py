@@ -11,56 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, refuse
-from ..nn.layers import Attention, OvercompleteFeedForward
-
-EPS = 1e-6  # of the norms before the steps
-
-
-class AlphaStep(nn.Module):
-    r"""One step, to be added to its input: :math:`\gamma \cdot \mathrm{fn}(\mathrm{LN}(x))`.
-
-    Args:
-        dim: width of the tokens.
-        fn: the step.
-        layer_scale: initial value of gamma (dim,); None: there is no gamma.
-        drop_path: probability that a whole item of the batch is left out while training; the
-            others are scaled up.
-        device, dtype: of the parameters.
-
-    Keys: ``norm.*``, ``fn.*`` and, where there is one, ``layer_scale``.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        fn: nn.Module,
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
-        *,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=EPS, device=device, dtype=dtype)
-        self.fn = fn
-        self.drop_path = drop_path
-        scale = None
-        if layer_scale is not None:
-            scale = nn.Parameter(torch.full((dim,), layer_scale, device=device, dtype=dtype))
-        self.register_parameter("layer_scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, dim) -> the same."""
-        y = self.fn(self.norm(x))
-        if self.layer_scale is not None:
-            y = y * self.layer_scale
-        if self.training and self.drop_path > 0:
-            kept = 1 - self.drop_path
-            y = y * y.new_empty(len(y), 1, 1).bernoulli_(kept).div_(kept)
-        return y
-
-    def extra_repr(self) -> str:
-        return f"drop_path={self.drop_path:g}" if self.drop_path else ""
+from ..nn.layers import AlphaStep, Attention, OvercompleteFeedForward
 
 
 class AlphaTransformer(nn.Module):

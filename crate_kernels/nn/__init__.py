@@ -1,11 +1,14 @@
-"""Modules: layers.py, encoder.py, patch_embedding.py; recognition.py and fusion.py swap them in."""
+"""Modules: layers.py, encoder.py, alpha_encoder.py, patch_embedding.py; recognition.py and
+fusion.py swap them in."""
 
+from .alpha_encoder import AlphaEncoder
 from .encoder import Encoder
 from .fusion import Layer, Report, fuse, unfuse
 from .inference import prepare_for_inference
 from .layers import (
     ISTA,
     MSSA,
+    AlphaStep,
     Attention,
     FeedForward,
     OvercompleteFeedForward,
@@ -16,6 +19,8 @@ from .patch_embedding import PatchEmbedding
 __all__ = [
     "ISTA",
     "MSSA",
+    "AlphaEncoder",
+    "AlphaStep",
     "Attention",
     "Encoder",
     "FeedForward",

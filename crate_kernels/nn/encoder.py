@@ -19,10 +19,47 @@ from .inference import Constants, layer_constants
 from .layers import ISTA, MSSA, dropout_reason, has_hooks, log_once, unfused_reason
 from .recognition import Verdicts
 
-Observer = Callable[["Encoder", int, Tensor, Tensor], None]
+Observer = Callable[["Layers", int, Tensor, Tensor], None]
 
 
-class Encoder(nn.Module):
+class Layers(nn.Module):
+    """Pairs of steps, ``layers``, that may be observed: what the encoders have in common."""
+
+    _steps: tuple[type[nn.Module], ...] = ()  # classes known to compute fn(norm(x))
+    _observers: tuple[Observer, ...] = ()
+
+    def __init__(self, layers: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in layers)
+
+    def know_steps(self) -> None:
+        """The classes of the steps that there are now are known to compute fn(norm(x))."""
+        self._steps = tuple({type(step) for step in self._all_steps()})
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Inside the block, ``observer(encoder, i, x, y)`` is called after layer i took x to y.
+
+        x and y are (B, N, D), as they are between the layers. The layers run as without. Under
+        DataParallel ``encoder`` is the replica at work. A call with return_attention or return_key
+        is not observed.
+        """
+        self._observers = (*self._observers, observer)
+        try:
+            yield
+        finally:
+            rest = list(self._observers)
+            rest.remove(observer)
+            self._observers = tuple(rest)
+            if not rest:
+                del self._observers
+
+    def _all_steps(self) -> list[nn.Module]:
+        layers: Any = self.layers
+        return [step for pair in layers for step in pair]
+
+
+class Encoder(Layers):
     r"""A stack of CRATE layers, ``z = x + MSSA(LN(x))``, ``x = ISTA(LN(z))``; x is (B, N, D).
 
     Each layer is one :func:`crate_kernels.crate_block`, or its modules one by one where the op
@@ -50,15 +87,12 @@ class Encoder(nn.Module):
     """
 
     _memory = "default"
-    _steps: tuple[type[nn.Module], ...] = ()  # classes known to compute fn(norm(x))
     constants: Constants | None = None  # of prepare_for_inference
-    _observers: tuple[Observer, ...] = ()
 
     def __init__(
         self, layers: Iterable[tuple[nn.Module, nn.Module]], memory: str = "default"
     ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in layers)
+        super().__init__(layers)
         self.memory = memory
         seen: Verdicts = {}
         for step in self._all_steps():
@@ -76,32 +110,6 @@ class Encoder(nn.Module):
     def memory(self, value: str) -> None:
         check_memory("Encoder", value)
         self._memory = value
-
-    def know_steps(self) -> None:
-        """The classes of the steps that there are now are known to compute fn(norm(x))."""
-        self._steps = tuple({type(step) for step in self._all_steps()})
-
-    @contextlib.contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
-        """Inside the block, ``observer(encoder, i, x, y)`` is called after layer i took x to y.
-
-        x and y are (B, N, D), as they are between the layers. The layers run as without. Under
-        DataParallel ``encoder`` is the replica at work. A call with return_attention or return_key
-        is not observed.
-        """
-        self._observers = (*self._observers, observer)
-        try:
-            yield
-        finally:
-            rest = list(self._observers)
-            rest.remove(observer)
-            self._observers = tuple(rest)
-            if not rest:
-                del self._observers
-
-    def _all_steps(self) -> list[nn.Module]:
-        layers: Any = self.layers
-        return [step for pair in layers for step in pair]
 
     def forward(
         self, x: Tensor, return_attention: bool = False, return_key: bool = False
@@ -203,20 +211,9 @@ def unfused_block_reason(
     if _has_any_global_hook():
         return "hooks on all modules are registered"
     for side, step, kind in (("attention", attn, MSSA), ("dictionary", ff, ISTA)):
-        children: dict[str, Any] = step._modules
-        if not any(type(step) is cls for cls in known):
-            return f"its {side} step is a {type(step).__name__}, which was not there before"
-        if set(children) != {"norm", "fn"} or step._parameters or step._buffers:
-            return f"its {side} step holds more or less than norm and fn"
-        norm, fn = children["norm"], children["fn"]
-        if type(fn) is not kind:
-            return f"its {side} step is {type(fn).__name__}, not {kind.__name__}"
-        if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
-            return f"its {side} norm is no plain nn.LayerNorm"
-        if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-            return f"its {side} norm has no weight and bias of shape (D,)"
-        if any(has_hooks(m) or "forward" in m.__dict__ for m in (step, norm, fn)):
-            return f"its {side} step, norm or fn has hooks or a replaced forward"
+        reason = step_reason(side, step, kind, any(type(step) is cls for cls in known))
+        if reason is not None:
+            return reason
     if any(isinstance(t, Tensor) for t in (ff.fn.step_size, ff.fn.lambd)):
         return "the step size or lambda of its dictionary step is a tensor"
     if attn.norm.eps != ff.norm.eps or attn.norm.eps <= 0:
@@ -227,4 +224,28 @@ def unfused_block_reason(
     dtypes = {t.dtype for t in (x, *_parameters(attn, ff)) if t is not None}
     if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(x.device.type)):
         return f"x and its parameters are of {len(dtypes)} dtypes that autocast does not unite"
+    return None
+
+
+def step_reason(
+    side: str, step: Any, kind: type[nn.Module], is_known: bool, more: frozenset[str] = frozenset()
+) -> str | None:
+    """Why calling ``step`` could do other than fn(norm(x)), a plain LayerNorm and then ``kind``.
+
+    ``is_known``: its class's forward does no more than that, but for the parameters ``more``.
+    """
+    children: dict[str, Any] = step._modules
+    if not is_known:
+        return f"its {side} step is a {type(step).__name__}, which was not there before"
+    if set(children) != {"norm", "fn"} or set(step._parameters) - more or step._buffers:
+        return f"its {side} step holds more or less than norm and fn"
+    norm, fn = children["norm"], children["fn"]
+    if type(fn) is not kind:
+        return f"its {side} step is {type(fn).__name__}, not {kind.__name__}"
+    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
+        return f"its {side} norm is no plain nn.LayerNorm"
+    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        return f"its {side} norm has no weight and bias of shape (D,)"
+    if any(has_hooks(m) or "forward" in m.__dict__ for m in (step, norm, fn)):
+        return f"its {side} step, norm or fn has hooks or a replaced forward"
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import ISTA, MSSA, OvercompleteISTA
+from .layers import ISTA, MSSA, AlphaStep, OvercompleteISTA
 from .recognition import KEYWORDS, LOOP, Verdicts, against_class, against_code, holds, same, waves
 
 
@@ -25,21 +26,41 @@ def published_forward(
     return x
 
 
+def published_alpha_forward(encoder: Any, x: Tensor) -> Tensor:
+    """The encoder of CRATE-alpha, module by module."""
+    for attn, ff in encoder.layers:
+        x = attn(x) + x
+        x = ff(x) + x
+    return x
+
+
 def looks_like_encoder(module: nn.Module) -> bool:
     """Whether it has layers of two steps, each with a norm and a fn: worth a verdict.
 
     CRATE-alpha's, which adds its input to either step, is known by its dictionaries for another.
     """
+    found = _dictionaries(module)
+    return len(found) > 0 and not any(isinstance(fn, OvercompleteISTA) for fn in found)
+
+
+def looks_like_alpha_encoder(module: nn.Module) -> bool:
+    """The same for CRATE-alpha's."""
+    return any(isinstance(fn, OvercompleteISTA) for fn in _dictionaries(module))
+
+
+def _dictionaries(module: nn.Module) -> list[nn.Module]:
+    """The fn of each second step; none if there are no layers, or others than pairs of steps."""
     layers = module._modules.get("layers")
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-        return False
-    return all(
+    if not isinstance(layers, nn.ModuleList):
+        return []
+    pairs: list[Any] = list(layers)
+    of_steps = all(
         isinstance(pair, nn.ModuleList)
         and len(pair) == 2
         and all(isinstance(s, nn.Module) and {"norm", "fn"} <= set(s._modules) for s in pair)
-        and not isinstance(pair[1].fn, OvercompleteISTA)
-        for pair in layers
+        for pair in pairs
     )
+    return [ff.fn for _, ff in pairs] if of_steps else []
 
 
 def reason_against_encoder(module: nn.Module, seen: Verdicts) -> str | None:
@@ -47,16 +68,29 @@ def reason_against_encoder(module: nn.Module, seen: Verdicts) -> str | None:
 
     ``seen`` keeps the verdict on each forward function.
     """
+    return _against_encoder(module, seen, published_forward, reason_against_step, ISTA)
+
+
+def reason_against_alpha_encoder(module: nn.Module, seen: Verdicts) -> str | None:
+    """The same for CRATE-alpha's."""
+    own, against_step = published_alpha_forward, reason_against_alpha_step
+    return _against_encoder(module, seen, own, against_step, OvercompleteISTA)
+
+
+def _against_encoder(
+    module: nn.Module, seen: Verdicts, own: Any, against_step: Any, dictionary: Any
+) -> str | None:
     if set(module._modules) != {"layers"} or module._parameters or module._buffers:
         return holds(module, {"layers"})
     layers: Any = module._modules["layers"]
     depth = len(layers)
-    reason = _against_module(module, seen, lambda f: _against_encoder_forward(f, depth), depth)
+    against_forward = functools.partial(_against_encoder_forward, own, depth)
+    reason = _against_module(module, seen, against_forward, (own, depth))
     if reason is not None:
         return reason
     for i, pair in enumerate(layers):
-        for j, (step, kind) in enumerate(zip(pair, (MSSA, ISTA), strict=True)):
-            reason = reason_against_step(step, seen)
+        for j, (step, kind) in enumerate(zip(pair, (MSSA, dictionary), strict=True)):
+            reason = against_step(step, seen)
             if reason is None and type(step.fn) is not kind:
                 found = type(step.fn).__name__
                 reason = f"expected fn to be a swapped {kind.__name__}, got {found}"
@@ -72,26 +106,38 @@ def reason_against_step(step: nn.Module, seen: Verdicts) -> str | None:
     return _against_module(step, seen, _against_step_forward)
 
 
+def reason_against_alpha_step(step: nn.Module, seen: Verdicts) -> str | None:
+    """Why ``step`` is neither an AlphaStep nor fn(norm(x)); None if it is."""
+    if type(step) is not AlphaStep:
+        return reason_against_step(step, seen)
+    if set(step._modules) != {"norm", "fn"} or set(step._parameters) != {"layer_scale"}:
+        return holds(step, {"norm", "fn", "layer_scale"})
+    if "forward" in vars(step):
+        return "the forward of this instance was replaced"
+    return None
+
+
 def _against_module(
-    module: nn.Module, seen: Verdicts, against_forward: Any, depth: int = 0
+    module: nn.Module, seen: Verdicts, against_forward: Any, trial: Any = None
 ) -> str | None:
+    """By class and forward; ``trial`` tells apart what one function is tried as."""
     reason = against_class(type(module))
     if reason is not None:
         return reason
     if "forward" in vars(module):
         return "the forward of this instance was replaced"
     forward = type(module).__dict__["forward"]
-    if (forward, depth) not in seen:
-        seen[forward, depth] = against_forward(forward)
-    return seen[forward, depth]
+    if (forward, trial) not in seen:
+        seen[forward, trial] = against_forward(forward)
+    return seen[forward, trial]
 
 
-def _against_encoder_forward(forward: types.FunctionType, depth: int) -> str | None:
-    """x = ff(attn(x) + x) for each of ``depth`` pairs; a flag goes to the first attn."""
-    reason = against_code(forward, {"layers"}, True, LOOP)
+def _against_encoder_forward(own: Any, depth: int, forward: types.FunctionType) -> str | None:
+    """What ``own`` does with ``depth`` pairs; a flag, if it takes any, goes to the first attn."""
+    reason = against_code(forward, {"layers"}, own is published_forward, LOOP)
     if reason is not None:
         return reason
-    return _against_trials(forward, published_forward, _encoder_stand_in(depth))
+    return _against_trials(forward, own, _encoder_stand_in(depth))
 
 
 def _against_step_forward(forward: types.FunctionType) -> str | None:

@@ -12,8 +12,14 @@ from typing import Any
 from torch import nn
 
 from ..checks import refuse
+from .alpha_encoder import AlphaEncoder, unfused_step_reason
 from .encoder import Encoder, check_memory, unfused_block_reason
-from .encoder_recognition import looks_like_encoder, reason_against_encoder
+from .encoder_recognition import (
+    looks_like_alpha_encoder,
+    looks_like_encoder,
+    reason_against_alpha_encoder,
+    reason_against_encoder,
+)
 from .layers import ISTA, MSSA, OvercompleteISTA, unfused_reason
 from .patch_embedding import (
     PatchEmbedding,
@@ -26,6 +32,7 @@ from .recognition import Verdicts, looks_like, reason_against
 KINDS: tuple[type[nn.Module], ...] = (
     PatchEmbedding,
     Encoder,
+    AlphaEncoder,
     MSSA,
     ISTA,
     OvercompleteISTA,
@@ -72,8 +79,9 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
 
     An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
     (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each, as do those
-    of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`). The stem ``to_patch_embedding``
-    becomes a :class:`PatchEmbedding`.
+    of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`), whose encoder becomes an
+    :class:`AlphaEncoder`, with one op between the steps (:func:`crate_kernels.residual_norm`). The
+    stem ``to_patch_embedding`` becomes a :class:`PatchEmbedding`.
 
     Layers are found by what they hold and compute, wherever they were defined: the published
     CRATE, CRATE-alpha and the encoder of CRATE-MAE, inside DataParallel and
@@ -122,17 +130,10 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
         if isinstance(module, Encoder):
             module.memory = memory or module.memory
             report.skipped.append(Layer(name, "Encoder", "fused already"))
-        elif looks_like_encoder(module):
-            reason = reason_against_encoder(module, seen)
-            if reason is not None:
-                report.skipped.append(Layer(name, "Encoder", reason))
-                continue
-            module._unfused_class = type(module)  # type: ignore[assignment]
-            module.__class__ = Encoder
-            encoder: Any = module
-            encoder.memory = memory or "default"
-            encoder.know_steps()
-            report.replaced.append(Layer(name, "Encoder", _encoder_note(encoder)))
+        elif isinstance(module, AlphaEncoder):
+            report.skipped.append(Layer(name, "AlphaEncoder", "fused already"))
+        elif looks_like_encoder(module) or looks_like_alpha_encoder(module):
+            _fuse_encoder(name, module, memory, seen, report)
         elif looks_like_stem(module):
             fused = isinstance(module, PatchEmbedding)
             reason = "fused already" if fused else reason_against_stem(module)
@@ -147,11 +148,33 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     return report
 
 
+def _fuse_encoder(
+    name: str, module: Any, memory: str | None, seen: Verdicts, report: Report
+) -> None:
+    """What looks like an encoder becomes one, or is reported with the reason against it."""
+    kind: type[nn.Module] = Encoder
+    if looks_like_alpha_encoder(module):
+        kind = AlphaEncoder
+        reason = reason_against_alpha_encoder(module, seen)
+    else:
+        reason = reason_against_encoder(module, seen)
+    if reason is not None:
+        report.skipped.append(Layer(name, kind.__name__, reason))
+        return
+    module._unfused_class = type(module)
+    module.__class__ = kind
+    if kind is Encoder:
+        module.memory = memory or "default"
+    module.know_steps()
+    note = _encoder_note(module) if kind is Encoder else _alpha_encoder_note(module)
+    report.replaced.append(Layer(name, kind.__name__, note))
+
+
 def unfuse(model: nn.Module) -> Report:
     """Give every layer that :func:`fuse` swapped its own class back, in place.
 
-    Those built as :class:`MSSA`, :class:`ISTA`, :class:`OvercompleteISTA` or :class:`Encoder` had
-    no other and are reported as skipped.
+    Those built as :class:`MSSA`, :class:`ISTA`, :class:`OvercompleteISTA`, :class:`Encoder` or
+    :class:`AlphaEncoder` had no other and are reported as skipped.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -202,6 +225,21 @@ def _encoder_note(encoder: Any) -> str:
     if not unfused:
         return ""
     return f"{unfused[0]}: {len(unfused)} of {len(reasons)} layers run MSSA and ISTA apart"
+
+
+def _alpha_encoder_note(encoder: Any) -> str:
+    """How many of its steps leave norm and residual to PyTorch, and the first one's reason."""
+    reasons = [
+        unfused_step_reason(side, step, kind, encoder._steps)
+        for pair in encoder.layers
+        for side, step, kind in zip(
+            ("attention", "dictionary"), pair, (MSSA, OvercompleteISTA), strict=True
+        )
+    ]
+    unfused = [reason for reason in reasons if reason is not None]
+    if not unfused:
+        return ""
+    return f"{unfused[0]}: {len(unfused)} of {len(reasons)} steps run norm and residual apart"
 
 
 def _counts(layers: list[Layer]) -> list[str]:

@@ -1,8 +1,9 @@
 """Where the tokens of a model can be seen without leaving the fused path.
 
 An Encoder runs a layer as one op, and would run it module by module for a hook inside it: it calls
-an observer instead. Layers outside an Encoder are seen by a hook before MSSA and one after ISTA, on
-these modules themselves, which neither MSSA nor ISTA takes as a reason to run unfused.
+an observer instead, and so does an AlphaEncoder. Layers outside of both are seen by a hook before
+MSSA and one after ISTA, on these modules themselves, which neither MSSA nor ISTA takes as a reason
+to run unfused.
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from ..models.gpt import CausalMSSA
-from ..nn.encoder import Encoder
+from ..nn.encoder import Encoder, Layers
 from ..nn.fusion import Layer
-from ..nn.layers import ISTA, MSSA, Attention, FeedForward
+from ..nn.layers import (
+    ISTA,
+    MSSA,
+    Attention,
+    FeedForward,
+    OvercompleteFeedForward,
+    OvercompleteISTA,
+)
 from ..nn.recognition import Verdicts, looks_like, reason_against
 
 
 @dataclass
 class Place:
-    """One layer: its two steps, as far as there are. ``index`` is its place in an Encoder."""
+    """One layer: its two steps, as far as there are. ``index`` is its place in an encoder."""
 
     name: str
     attention: nn.Module | None
     dictionary: nn.Module | None = None
-    encoder: Encoder | None = None
+    encoder: Layers | None = None
     index: int = 0
 
     @property
@@ -65,16 +73,18 @@ def find(model: nn.Module) -> Found:
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(inside):
             continue
-        if isinstance(module, Encoder):
+        if isinstance(module, Layers):
             inside = (*inside, f"{name}." if name else "")
             layers: Any = module.layers
             for i, (attn, ff) in enumerate(layers):
                 label = f"{name}.layers.{i}" if name else f"layers.{i}"
-                if isinstance(attn.fn, Attention):
-                    found.places.append(Place(label, attn.fn, ff.fn, module, i))
-                else:
+                if not isinstance(attn.fn, Attention):
                     now = f"its attention step is now {type(attn.fn).__name__}"
-                    found.skipped.append(Layer(label, "Encoder", now))
+                    found.skipped.append(Layer(label, type(module).__name__, now))
+                elif isinstance(module, Encoder):
+                    found.places.append(Place(label, attn.fn, ff.fn, module, i))
+                else:  # what leaves the dictionary of CRATE-alpha is not sparse
+                    found.places.append(Place(f"{label}.0.fn", attn.fn, None, module, i))
             continue
         kind, reason = _kind(module, seen)
         if reason is not None:
@@ -96,6 +106,8 @@ def _kind(module: nn.Module, seen: Verdicts) -> tuple[Any, str | None]:
         return MSSA, None
     if isinstance(module, FeedForward):
         return ISTA, None
+    if isinstance(module, OvercompleteFeedForward):
+        return OvercompleteISTA, None
     kind = looks_like(module)
     return kind, None if kind is None else reason_against(module, kind, seen)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_number, refuse
 from ..library import autocast_dtype
-from ..nn.encoder import Encoder
+from ..nn.encoder import Layers
 from ..nn.fusion import Layer
 from . import measures, places
 from .places import Place
@@ -182,7 +182,7 @@ class Trace:
             exits.close()
 
     def _attach(self, exits: contextlib.ExitStack) -> None:
-        encoders: dict[Encoder, dict[int, _Turns]] = {}
+        encoders: dict[Layers, dict[int, _Turns]] = {}
         modules: dict[tuple[nn.Module, bool], _Turns] = {}
         for layer, place in enumerate(self._places):
             if place.encoder is not None:
@@ -221,7 +221,8 @@ class Trace:
                 step = encoder.layers[index][0]
                 # No hook is called: the layer has run.
                 self._see_normed(layer, step.fn, step.norm.forward(x[: self.samples]))
-            self._see_output(layer, y)
+            if self._places[layer].dictionary is not None:
+                self._see_output(layer, y)
 
     def _before_mssa(self, turn: _Turns, module: Any, args: Any, kwargs: Any) -> None:
         h = args[0] if args else next(iter(kwargs.values()))
