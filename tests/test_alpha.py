@@ -197,14 +197,14 @@ def test_fuse_and_unfuse():
     model = copy.deepcopy(plain)
     before, keys = types_of(model), [sorted(vars(m)) for m in model.modules()]
     report = fuse(model)
-    assert str(report) == "replaced 1 AlphaEncoder, 2 MSSA, 2 OvercompleteISTA; skipped 0"
+    kinds = "1 PatchProjection, 1 AlphaEncoder, 2 MSSA, 2 OvercompleteISTA"
+    assert str(report) == f"replaced {kinds}; skipped 0"
     assert [type(fn) for fn in steps_of(model)] == [MSSA, OvercompleteISTA] * 2
     torch.testing.assert_close(model(images()), plain(images()))
     for got, want in zip(gradients(model, images()), gradients(plain, images()), strict=True):
         torch.testing.assert_close(got, want)
     assert {layer.reason for layer in fuse(model).skipped} == {"fused already"}
-    says = "restored 1 AlphaEncoder, 2 MSSA, 2 OvercompleteISTA; skipped 0"
-    assert str(unfuse(model)) == says
+    assert str(unfuse(model)) == f"restored {kinds}; skipped 0"
     assert types_of(model) == before
     assert [sorted(vars(m)) for m in model.modules()] == keys
     assert torch.equal(model(images()), plain(images()))
@@ -252,7 +252,7 @@ def test_deepcopy_and_pickle_of_a_fused_model(clone):
     other = clone(model)
     assert torch.equal(other(images()), model(images()))
     assert [fn.memory for fn in steps_of(other)[1::2]] == ["low"] * 2
-    assert len(unfuse(other)) == 5 and isinstance(steps_of(model)[1], OvercompleteISTA)
+    assert len(unfuse(other)) == 6 and isinstance(steps_of(model)[1], OvercompleteISTA)
 
 
 def test_one_dictionary_for_both():
@@ -260,7 +260,7 @@ def test_one_dictionary_for_both():
     for fn in steps_of(plain)[1::2]:
         fn.D1 = fn.D
     fused = copy.deepcopy(plain)
-    assert len(fuse(fused)) == 5
+    assert len(fuse(fused)) == 6
     for got, want in zip(gradients(fused, images()), gradients(plain, images()), strict=True):
         torch.testing.assert_close(got, want)
 

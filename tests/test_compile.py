@@ -56,6 +56,23 @@ def test_opcheck_tied_attention(dtype, causal):
     )
 
 
+@pytest.mark.parametrize(("w_dtype", "dtype"), [("float64",) * 2, ("bfloat16", "float32")])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck_attention_projected(w_dtype, dtype, with_bias):
+    w, dtype = torch.randn(2, 6, 8).to(getattr(torch, w_dtype)), getattr(torch, dtype)
+    weight, bias = torch.randn(5, 8).to(dtype), torch.randn(5).to(dtype) if with_bias else None
+    rest = (2, 0.5, False, "reference")
+    for wants in ([False] * 3, [True, False, False], [False, True, with_bias]):
+        leaves = [
+            None if t is None else t.clone().requires_grad_(want)
+            for t, want in zip((w, weight, bias), wants, strict=True)
+        ]
+        torch.library.opcheck(OPS.attention_projected, (*leaves, *rest))
+        y, o, lse = OPS.attention_projected(w, weight, bias, *rest)
+        saved = (torch.randn_like(y), w, o, lse, weight, wants)
+        torch.library.opcheck(OPS.attention_projected_backward, (*saved, *rest))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck_tied_attention_masked(dtype):
     for shape, sequences in [((2, 6, 8), [6, 0]), ((2, 6, 8), None), ((9, 8), [0, 2, 2, 9])]:

@@ -27,6 +27,7 @@ from crate_kernels import (
     tied_attention_reference_backward,
 )
 from crate_kernels.mssa import torch_kernels
+from crate_kernels.mssa.projected import attention_projected
 
 # batch, N, heads, head_dim, width
 SHAPES = [(2, 5, 2, 3, 4), (1, 1, 1, 4, 4), (3, 7, 1, 5, 2), (2, 33, 3, 4, 7)]
@@ -107,6 +108,31 @@ def test_op_is_as_close_as_plain_pytorch(dtype, causal):
         plain = results(published_mssa, inputs, dy, **options)
         exact = results(published_mssa, inputs, dy, torch.float64, **options)
         assert_as_close_as_plain(got, plain, exact, (b, n, h, hd))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("w_dtype", "dtype"), [("float64",) * 2, ("bfloat16", "float32")])
+def test_with_its_projection_as_one_op(w_dtype, dtype, with_bias):
+    """The same numbers as attention and projection one after the other."""
+    w, weight = torch.randn(2, 7, 12), torch.randn(5, 12)
+    bias = torch.randn(5) if with_bias else None
+    leaves = [w.to(getattr(torch, w_dtype)), weight, bias]
+    leaves[1:] = [None if t is None else t.to(getattr(torch, dtype)) for t in leaves[1:]]
+    dy = torch.randn(2, 7, 5).to(leaves[0].dtype)
+    found = []
+    for fused in (False, True):
+        w, weight, bias = (None if t is None else t.clone().requires_grad_() for t in leaves)
+        if fused:
+            options = {"heads": 3, "scale": 0.5, "causal": True, "backend": "reference"}
+            y = attention_projected(w, weight, bias, **options)
+        else:
+            o = tied_attention(w, heads=3, scale=0.5, causal=True)
+            y = o @ weight.to(o.dtype).mT + (0 if bias is None else bias.to(o.dtype))
+        y.backward(dy)
+        found.append([y, *(t.grad for t in (w, weight, bias) if t is not None)])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
 
 
 def test_options_have_the_published_defaults():

@@ -20,6 +20,7 @@ from ..library import autocast_dtype, define, define_gradient
 from . import torch_kernels
 from .dropout import seed_tensor
 from .masks import Mask, beyond, check_masks, lse_shape
+from .projected import attention_projected
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -93,6 +94,11 @@ def mssa(
     backend = backends.choose("mssa", backend, x, autocast_dtype(x), head_dim, options)
     w = F.linear(x, w_qkv)
     sequences = lengths if cu_seqlens is None else cu_seqlens
+    if w_out is not None and backend == "cuda":  # which has no masks
+        scale = head_dim**-0.5 if scale is None else float(scale)
+        return attention_projected(
+            w, w_out, b_out, heads=heads, scale=scale, causal=causal, backend=backend
+        )
     masks = (sequences, max_seqlen, window, dropout, seed)
     o = _attend(w, heads, scale, causal, *masks, backend)
     if w_out is None:

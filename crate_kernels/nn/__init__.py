@@ -1,5 +1,5 @@
-"""Modules: layers.py, encoder.py, alpha_encoder.py, patch_embedding.py; recognition.py and
-fusion.py swap them in."""
+"""Modules: layers.py, encoder.py, alpha_encoder.py, patch_embedding.py, patch_projection.py;
+recognition.py and fusion.py swap them in."""
 
 from .alpha_encoder import AlphaEncoder
 from .encoder import Encoder
@@ -15,6 +15,7 @@ from .layers import (
     OvercompleteISTA,
 )
 from .patch_embedding import PatchEmbedding
+from .patch_projection import PatchProjection
 
 __all__ = [
     "ISTA",
@@ -28,6 +29,7 @@ __all__ = [
     "OvercompleteFeedForward",
     "OvercompleteISTA",
     "PatchEmbedding",
+    "PatchProjection",
     "Report",
     "fuse",
     "prepare_for_inference",

@@ -27,10 +27,16 @@ from .patch_embedding import (
     patch_size_of,
     reason_against_stem,
 )
+from .patch_projection import (
+    PatchProjection,
+    looks_like_patch_projection,
+    reason_against_patch_projection,
+)
 from .recognition import Verdicts, looks_like, reason_against
 
 KINDS: tuple[type[nn.Module], ...] = (
     PatchEmbedding,
+    PatchProjection,
     Encoder,
     AlphaEncoder,
     MSSA,
@@ -81,7 +87,8 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each, as do those
     of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`), whose encoder becomes an
     :class:`AlphaEncoder`, with one op between the steps (:func:`crate_kernels.residual_norm`). The
-    stem ``to_patch_embedding`` becomes a :class:`PatchEmbedding`.
+    stem ``to_patch_embedding`` becomes a :class:`PatchEmbedding`, a stem that is a convolution, in
+    a model with such layers, a :class:`PatchProjection`.
 
     Layers are found by what they hold and compute, wherever they were defined: the published
     CRATE, CRATE-alpha and the encoder of CRATE-MAE, inside DataParallel and
@@ -135,17 +142,29 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
         elif looks_like_encoder(module) or looks_like_alpha_encoder(module):
             _fuse_encoder(name, module, memory, seen, report)
         elif looks_like_stem(module):
-            fused = isinstance(module, PatchEmbedding)
-            reason = "fused already" if fused else reason_against_stem(module)
-            if reason is not None:
-                report.skipped.append(Layer(name, "PatchEmbedding", reason))
-                continue
-            stem: Any = module
-            stem.patch_size = patch_size_of(module)
-            module._unfused_class = type(module)  # type: ignore[assignment]
-            module.__class__ = PatchEmbedding
-            report.replaced.append(Layer(name, "PatchEmbedding"))
+            _swap(name, module, PatchEmbedding, reason_against_stem, report)
+        elif looks_like_patch_projection(module) and _has_our_layers(model):
+            _swap(name, module, PatchProjection, reason_against_patch_projection, report)
     return report
+
+
+def _has_our_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, (MSSA, ISTA, OvercompleteISTA)) for module in model.modules())
+
+
+def _swap(
+    name: str, module: Any, kind: type[nn.Module], reason_against_it: Any, report: Report
+) -> None:
+    """A stem becomes ours, or is reported with the reason against it."""
+    reason = "fused already" if isinstance(module, kind) else reason_against_it(module)
+    if reason is not None:
+        report.skipped.append(Layer(name, kind.__name__, reason))
+        return
+    if kind is PatchEmbedding:
+        module.patch_size = patch_size_of(module)
+    module._unfused_class = type(module)
+    module.__class__ = kind
+    report.replaced.append(Layer(name, kind.__name__))
 
 
 def _fuse_encoder(

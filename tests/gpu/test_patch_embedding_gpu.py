@@ -16,6 +16,7 @@ from helpers import (
 )
 
 from crate_kernels import fuse, models, patch_embedding
+from crate_kernels.nn import PatchProjection
 
 REPEATS = 20
 # batch, channels, patches up and across, patch_size, width
@@ -75,3 +76,23 @@ def test_model_under_autocast_gives_the_published_dtypes():
             assert torch.nn.functional.cosine_similarity(
                 run(fused).flatten(), run(model).flatten(), 0
             ) > 0.999  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("channels", "patch", "dim"), [(3, 16, 768), (1, 14, 200)])
+def test_convolution_by_whole_patches(channels, patch, dim, dtype):
+    """Under autocast, as cuDNN's: outputs and gradients, dtypes."""
+    conv = torch.nn.Conv2d(channels, dim, patch, patch).cuda()
+    ours = copy.deepcopy(conv)
+    ours.__class__ = PatchProjection
+    img = torch.randn(5, channels, 4 * patch, 3 * patch, device="cuda")
+    dy = torch.randn(5, dim, 4, 3, device="cuda").to(dtype)
+    found = []
+    for module, given in ((ours, img), (conv, img), (conv.double(), img.double())):
+        with torch.autocast("cuda", dtype, enabled=given is img):
+            y = module(given)
+        grads = torch.autograd.grad(y, tuple(module.parameters()), dy.to(y.dtype))
+        found.append(dict(zip(("y", "weight", "bias"), (y, *grads), strict=True)))
+    got, plain, exact = found
+    assert {k: t.dtype for k, t in got.items()} == {k: t.dtype for k, t in plain.items()}
+    assert_as_close_as_plain(got, plain, exact, (channels, patch, dim))
