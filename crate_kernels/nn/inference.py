@@ -38,9 +38,10 @@ def prepare_for_inference(model: nn.Module) -> None:
     Without it every call without gradients casts the projections of each layer to autocast's dtype,
     and compares its dictionary W with the one that G = eta (W - W^T W) was made from (a captured
     CUDA graph makes G itself). With it a layer is six kernels: two norms (or what is left of them
-    where there are many tokens), two GEMMs, attention and ISTA. It shows where a batch is small.
-    Sets ``model.eval()``; ``model.train()`` ends it. Results do not change,
-    but for their rounding where there are few tokens (the norms are folded into the products).
+    where there are many tokens), two GEMMs, attention and ISTA; of few tokens it is four, the norms
+    folded into the products. It shows where a batch is small.
+    Sets ``model.eval()``; ``model.train()`` ends it. Results do not change, but for their rounding
+    where there are few tokens.
 
     Weights that change in place (an optimizer, ``load_state_dict``) are noticed. Writes through
     ``.data``, those of a CUDA graph and those to inference tensors are not: call this again after

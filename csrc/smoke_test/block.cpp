@@ -189,6 +189,59 @@ bool test_residual_projection(Dtype dtype, int rows, int d, int inner, bool has_
                                  moments_of(want, d), 2, 0x1p-19);
 }
 
+// relu(scales LN(a) W^T + shift + c - threshold), or a W^T + shift + c.
+bool test_few_rows(Dtype dtype, int rows, int d, int n, bool norms) {
+    const double threshold = norms ? 0.25 : 0;
+    NormedCase c(dtype, rows, d, n);
+    std::string name = std::string("few rows ") + name_of(dtype) + " " + std::to_string(rows) +
+                       " x " + std::to_string(d) + " x " + std::to_string(n) +
+                       (norms ? ", normed" : "");
+    std::mt19937 generator(d);
+    Values added = random_values(size_t(rows) * n, dtype, generator);
+    std::vector<float> scales(n);
+    for (int j = 0; j < n; ++j) scales[j] = norms ? 1 + float(j) / 256 / n : 1;
+    if (!norms) {  // then nothing is taken off and nothing divided
+        for (size_t i = 0; i < c.stats.size(); ++i) c.stats[i] = i % 2;
+    }
+    DeviceArray a_in(to_bytes(c.x, dtype)), weight_in(to_bytes(c.weight, dtype)),
+        added_in(to_bytes(added, dtype));
+    DeviceArray scales_in(scales), sums_in(c.sums), shift_in(c.shift);
+    DeviceArray<unsigned char> out(added_in.size());
+    Bytes out_of[2];
+    for (Bytes& result : out_of) {
+        out.poison();
+        few_rows({.a = a_in.data(),
+                  .weight = weight_in.data(),
+                  .scales = norms ? scales_in.data() : nullptr,
+                  .sums = norms ? sums_in.data() : nullptr,
+                  .shift = shift_in.data(),
+                  .c = added_in.data(),
+                  .out = out.data(),
+                  .rows = rows,
+                  .n = n,
+                  .k = d,
+                  .eps = 1e-5f,
+                  .threshold = float(threshold),
+                  .clips = norms,
+                  .dtype = dtype},
+                 nullptr);
+        check(cudaDeviceSynchronize());
+        result = out.on_host();
+    }
+    bool passed = out_of[0] == out_of[1];
+    if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
+    auto sum = [&](const Round& to) {
+        Values all = c.product(to, scales);
+        for (size_t i = 0; i < all.size(); ++i) {
+            double value = to(all[i]) + added[i] - threshold;
+            all[i] = to(norms ? std::max(value, 0.0) : value);
+        }
+        return all;
+    };
+    return passed & close_enough(name, from_bytes(out_of[0], dtype), sum(c.round), sum(exact), 2,
+                                 unit_of(dtype));
+}
+
 bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds) {
     std::mt19937 generator(rows);
     std::string name = std::string("norm's gradient ") + name_of(dtype) + " " +
@@ -298,6 +351,18 @@ bool test_residual_projection_everywhere() {
                                       {1, 64, 8},
                                       {700, 384, 384}}) {
             passed &= test_residual_projection(dtype, rows, d, inner, rows != 129);
+        }
+    }
+    return passed;
+}
+
+bool test_few_rows_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        for (auto [rows, d, n] : {std::array{197, 768, 384}, {65, 1024, 136}, {1, 64, 8}}) {
+            for (bool norms : {false, true}) {
+                passed &= test_few_rows(dtype, rows, d, n, norms);
+            }
         }
     }
     return passed;

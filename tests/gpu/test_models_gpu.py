@@ -7,8 +7,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_as_close_as_plain
 
-from crate_kernels import explain, fuse, ista, mssa, prepare_for_inference, tied_attention
+from crate_kernels import (
+    cuda_extension,
+    explain,
+    fuse,
+    ista,
+    mssa,
+    prepare_for_inference,
+    tied_attention,
+)
 from crate_kernels.bench import workloads
 from crate_kernels.bench.check import compare
 from crate_kernels.bench.model_cases import ModelCase
@@ -250,3 +259,31 @@ def test_prepared_inference_is_the_same_captured_too():
             captured = ready(x)
         graph.replay()
         assert torch.equal(captured, want)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prepared_inference_of_few_rows(batch, monkeypatch):
+    """Its own kernels where the CUDA ones are built; as accurate, captured too, and repeatable."""
+    block = pytest.importorskip("crate_kernels.block.cuda_kernels")
+    calls = []
+    monkeypatch.setattr(
+        block, "forward_of_few", lambda *a, run=block.forward_of_few: calls.append(1) or run(*a)
+    )
+    plain = small_crate().eval()
+    ready = fused_copy(plain)
+    prepare_for_inference(ready)
+    x, _ = images(batch)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        want = ready(x)
+        eager = plain(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ready(x)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(captured, want)
+    if not cuda_extension.against("cuda", torch.cuda.current_device()):
+        assert len(calls) == 2 * 3  # layers
+    with torch.no_grad():
+        exact = plain.double()(x.double())
+    assert_as_close_as_plain({"y": want}, {"y": eager}, {"y": exact})
