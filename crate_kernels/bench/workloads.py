@@ -210,7 +210,7 @@ H200: Set = {
         *(encoder(b, n, 768) for b, n in ((512, 50), (128, 197), (32, 785), (12, 2048), (6, 4096))),
         *(encoder(128, 197, width) for width in (384, 576, 1024, 1536, 2048)),
     ),
-    "alpha": alpha("crate_alpha_base", 128, {"train": 1.4, "forward": 0}),
+    "alpha": alpha("crate_alpha_base", 128, {"train": 1.4, "forward": 1.3}),
     "family": (
         model("crate_mae_base", "train", target=1.8),
         model("crate_gpt", "train", target=1.7),
