@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Which of y and scale there are.
+# Which of y and scale there are; scale may be a number.
 FORMS = {"norm": (), "residual": ("y",), "scaled": ("y", "scale")}
+NUMBERS = (-1, -1.0, 0.25, 1, 0.0)
 
 
 def published_residual_norm(
@@ -19,7 +20,7 @@ def published_residual_norm(
     weight: Tensor,
     bias: Tensor,
     y: Tensor | None = None,
-    scale: Tensor | None = None,
+    scale: Tensor | float | None = None,
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,7 @@ def test_a_hooked_step_runs_module_by_module(name, caplog):
     torch.testing.assert_close(y, want[0])
     same(with_gradients(model, tokens()), want)
     (message,) = caplog.messages
-    assert message.startswith("a step of an AlphaEncoder runs unfused: its ")
+    assert message.startswith("AlphaEncoder: a step runs unfused: its ")
     handle.remove()
     assert calls(model, tokens())[1]["residual_norm"] == STEPS
 

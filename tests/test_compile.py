@@ -188,7 +188,7 @@ def test_opcheck_residual_norm(form, x_dtype, c_dtype):
     for shape in ((2, 5, 8), (6,)):
         inputs = cast(residual_inputs(*shape, form=form), x_dtype, c_dtype)
         given = [inputs.get(name) for name in ("x", "weight", "bias", "y", "scale")]
-        rest = (1e-5, c_dtype, "reference")
+        rest = (1.0 if form != "residual" else -1.0, 1e-5, c_dtype, "reference")
         torch.library.opcheck(OPS.residual_norm, (*given, *rest))
         leaves = [None if t is None else t.clone().requires_grad_() for t in given]
         torch.library.opcheck(OPS.residual_norm, (*leaves, *rest))
@@ -196,9 +196,8 @@ def test_opcheck_residual_norm(form, x_dtype, c_dtype):
         x, weight, _, y, scale = given
         z = x if y is None else z
         kept = (torch.randn_like(h), z, stats, weight, y if scale is not None else None, scale)
-        same = y is None or (scale is None and x_dtype == c_dtype)  # dy is dx, if there is any
-        for dz, y_dtype in ((None, None), (torch.randn_like(z), None if same else c_dtype)):
-            options = (x_dtype, y_dtype, "reference")
+        for dz, y_dtype in ((None, None), (torch.randn_like(z), None if y is None else c_dtype)):
+            options = (rest[0], x_dtype, y_dtype, "reference")
             torch.library.opcheck(OPS.residual_norm_backward, (dz, *kept, *options))
 
 
@@ -266,6 +265,10 @@ def sum_and_norm(**inputs):
     return z + 2 * h
 
 
+def difference_and_norm(**inputs):
+    return sum_and_norm(**inputs, scale=-1.0)
+
+
 def samples():
     """name: (function, tensors in float64, options)."""
     m = mssa_inputs(*SMALL_MSSA)
@@ -283,6 +286,8 @@ def samples():
         cases[f"overcomplete {memory}"] = (overcomplete_ista, given, {"memory": memory})
     for form in FORMS:
         cases[f"residual_norm {form}"] = (sum_and_norm, residual_inputs(2, 6, 8, form=form), {})
+    given = residual_inputs(2, 6, 8, form="residual")
+    cases["residual_norm minus"] = (difference_and_norm, given, {})
     return cases
 
 

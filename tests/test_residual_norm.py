@@ -7,7 +7,15 @@ import itertools
 import pytest
 import torch
 from helpers import HALVES, assert_as_close_as_plain, assert_equal_results
-from residuals import FORMS, both, cast, exactly, published_residual_norm, residual_inputs
+from residuals import (
+    FORMS,
+    NUMBERS,
+    both,
+    cast,
+    exactly,
+    published_residual_norm,
+    residual_inputs,
+)
 from test_mssa import strided, tokens_first
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -82,6 +90,37 @@ def test_as_close_as_plain_pytorch(x_dtype, y_dtype, autocast, form):
     with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
         z, h = residual_norm(**inputs)
     assert torch.equal(z, got["z"]) and torch.equal(h, got["h"])
+
+
+@pytest.mark.parametrize("scale", NUMBERS)
+def test_a_scale_that_is_a_number(scale):
+    """As a tensor of it would do, but for its gradient."""
+    inputs = residual_inputs(2, 5, 8, form="residual")
+    dz, dh = upstream(inputs)
+    full = {**inputs, "scale": torch.full((8,), float(scale), dtype=torch.float64)}
+    want = both(published_residual_norm, full, dz, dh)
+    del want["dscale"]
+    for function in (residual_norm_reference, residual_norm):
+        assert_equal_results(both(function, inputs, dz, dh, scale=scale), want, (function, scale))
+    given = {k: t for k, t in inputs.items() if k != "bias"}
+    dx, dweight, dbias, dy, dscale = residual_norm_reference_backward(dz, dh, **given, scale=scale)
+    by_hand = {"dx": dx, "dweight": dweight, "dbias": dbias, "dy": dy}
+    assert dscale is None
+    assert_equal_results({"z": want["z"], "h": want["h"], **by_hand}, want, "by hand")
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *tensors: residual_norm(*tensors, scale), leaves)
+
+
+@pytest.mark.parametrize(("x_dtype", "y_dtype", "autocast"), DTYPES, ids=str)
+def test_a_difference_is_as_close_as_plain_pytorch(x_dtype, y_dtype, autocast):
+    inputs = cast(residual_inputs(2, 50, 40, form="residual"), x_dtype, y_dtype)
+    dz, dh = upstream(inputs)
+    dz, dh = dz.to(x_dtype), dh.to(autocast or x_dtype)
+    got = both(residual_norm, inputs, dz, dh, autocast, scale=-1.0)
+    plain = both(published_residual_norm, inputs, dz, dh, autocast, scale=-1.0)
+    exact = exactly(inputs, dz, dh, scale=-1.0)
+    assert_as_close_as_plain(got, plain, exact, (x_dtype, y_dtype))
+    assert torch.equal(got["z"], inputs["x"] - inputs["y"])
 
 
 def test_autocast_leaves_float64_and_unites_the_others():
@@ -173,13 +212,16 @@ def test_nan_stays_in_its_row_and_inf_reaches_every_gradient():
     assert not any(got[f"d{name}"].isfinite().any() for name in inputs)
 
 
-@pytest.mark.parametrize(("form", "kept"), [("norm", 15), ("residual", 15), ("scaled", 30)])
-def test_what_is_kept_for_the_backward_pass(form, kept):
+KEPT = [("norm", {}, 15), ("residual", {}, 15), ("residual", {"scale": -1}, 15), ("scaled", {}, 30)]
+
+
+@pytest.mark.parametrize(("form", "options", "kept"), KEPT)
+def test_what_is_kept_for_the_backward_pass(form, options, kept):
     """Beside parameters and two numbers a row."""
     inputs = {k: t.requires_grad_() for k, t in residual_inputs(3, 5, form=form).items()}
     found = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
-        residual_norm(**inputs)
+        residual_norm(**inputs, **options)
     assert sum(t.numel() for t in found if t.shape == (3, 5)) == kept
 
 

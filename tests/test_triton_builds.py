@@ -111,14 +111,15 @@ def launch_block(dtype, x_dtype, d):
 def launch_residual_norm(x_dtype, dtype, d):
     x, y = meta(300, d, dtype=x_dtype), meta(300, d, dtype=dtype)
     gamma, h = meta(d, dtype=torch.float32), meta(300, d, dtype=dtype)
-    for added in ((None, None), (y, None), (y, gamma)):
-        z, _, stats = residual_kernels.forward(x, *added, gamma, gamma, 1e-6, x_dtype, dtype)
+    for *added, factor in ((None, None, 1.0), (y, None, 1.0), (y, None, -1.0), (y, gamma, 1.0)):
+        given = (x, *added, gamma, gamma, 1e-6, x_dtype, dtype, factor)
+        z, _, stats = residual_kernels.forward(*given)
         z = x if z is None else z
         y_dtype = None if added[0] is None else dtype
         kept = None if added[1] is None else y  # for dscale
         for dz in (None, z):
             given = (dz, h, z, stats, gamma, kept, added[1])
-            residual_kernels.backward(*given, x_dtype, y_dtype)
+            residual_kernels.backward(*given, x_dtype, y_dtype, factor)
 
 
 def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):

@@ -10,7 +10,7 @@
               dp = s dz, dgamma = sum dh zhat, dbeta = sum dh              and sum_partials_kernel
               db = sum dz or ds = sum dz p
 
-s is None here: crate_kernels/residual_norm has it.
+There is no s here: crate_kernels/residual_norm has one, a tensor or a number.
 
 A program of the backward pass keeps its part of the three sums in registers; the parts are added
 in a fixed order, so results are bitwise repeatable. The contracts are those of torch_kernels.py.
@@ -55,6 +55,7 @@ def normalise_kernel(
     X, P, SCALE, BIAS, GAMMA, BETA, Z, H, STATS, n_rows, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, ADD_BIAS: tl.constexpr, WRITE_Z: tl.constexpr, WRITE_H: tl.constexpr,
+    FACTOR: tl.constexpr = 1.0,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -68,6 +69,8 @@ def normalise_kernel(
         p = tl.load(P + at, mask=inside, other=0.0).to(tl.float32)
         if SCALE is not None:
             p *= tl.load(SCALE + col, mask=col < D, other=0.0).to(tl.float32)
+        if FACTOR != 1:
+            p *= FACTOR
         z += p
     if ADD_BIAS:
         z += tl.load(BIAS + col, mask=col < D, other=0.0).to(tl.float32)
@@ -192,6 +195,7 @@ def normalise_backward_kernel(
     DH, Z, STATS, GAMMA, BETA, SKIP, P, SCALE, DZ, DP, H, PARTIALS, n_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr, MASK: tl.constexpr,
+    FACTOR: tl.constexpr = 1.0,
 ):  # fmt: skip
     """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz (P) summed."""
     col = tl.arange(0, BLOCK)[None, :]
@@ -230,6 +234,8 @@ def normalise_backward_kernel(
         tl.store(DZ + at, dz.to(DZ.dtype.element_ty), mask=inside)
         if DP is not None:
             dp = dz if SCALE is None else dz * scale
+            if FACTOR != 1:
+                dp *= FACTOR
             tl.store(DP + at, dp.to(DP.dtype.element_ty), mask=inside)
         if WRITE_H:
             tl.store(H + at, (gamma * zhat + beta).to(H.dtype.element_ty), mask=inside)

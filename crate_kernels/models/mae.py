@@ -1,7 +1,6 @@
 """The published CRATE-MAE, a masked autoencoder, unfused: keys, initial values and arithmetic.
 
-``crate_kernels.fuse(model)`` puts its encoder and the attention of its decoder on this library's
-ops.
+``crate_kernels.fuse(model)`` puts its encoder and its decoder on this library's ops.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import refuse
+from ..nn.decoder import run_decoders
 from ..nn.encoder import Encoder
 from ..nn.layers import Attention, is_called_plainly
 from .crate import PreNorm, block
@@ -251,8 +251,7 @@ class MaskedAutoencoder(nn.Module):
 
     def forward_decoder(self, x: Tensor) -> Tensor:
         """Codes (B, 1 + n, dim) -> predicted patches (B, n, p*p*C)."""
-        for layer in self.decoder_blocks:
-            x = layer(x)
+        x = run_decoders(self.decoder_blocks, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, img: Tensor, predicted: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Modules: layers.py, encoder.py, alpha_encoder.py, patch_embedding.py, patch_projection.py;
-recognition.py and fusion.py swap them in."""
+"""Modules: layers.py, encoder.py, alpha_encoder.py, decoder.py, patch_embedding.py,
+patch_projection.py; recognition.py and fusion.py swap them in."""
 
 from .alpha_encoder import AlphaEncoder
+from .decoder import Decoder
 from .encoder import Encoder
 from .fusion import Layer, Report, fuse, unfuse
 from .inference import prepare_for_inference
@@ -23,6 +24,7 @@ __all__ = [
     "AlphaEncoder",
     "AlphaStep",
     "Attention",
+    "Decoder",
     "Encoder",
     "FeedForward",
     "Layer",

@@ -23,7 +23,7 @@ Observer = Callable[["Layers", int, Tensor, Tensor], None]
 
 
 class Layers(nn.Module):
-    """Pairs of steps, ``layers``, that may be observed: what the encoders have in common."""
+    """Pairs of steps, ``layers``, that may be observed: what our stacks have in common."""
 
     _steps: tuple[type[nn.Module], ...] = ()  # classes known to compute fn(norm(x))
     _observers: tuple[Observer, ...] = ()
@@ -53,6 +53,17 @@ class Layers(nn.Module):
             self._observers = tuple(rest)
             if not rest:
                 del self._observers
+
+    def before_attention(self, i: int, x: Tensor) -> tuple[nn.Module, Tensor]:
+        """The MSSA of layer i, and what it takes where x enters the layer. No hook is called."""
+        layers: Any = self.layers
+        attn, _ = layers[i]
+        return attn.fn, attn.norm.forward(x)
+
+    def _observe(self, i: int, x: Tensor | None, y: Tensor) -> None:
+        for observer in self._observers:
+            if x is not None:
+                observer(self, i, x, y)
 
     def _all_steps(self) -> list[nn.Module]:
         layers: Any = self.layers
@@ -141,8 +152,7 @@ class Encoder(Layers):
                 if not torch.compiler.is_compiling():
                     log_once(f"a layer of an Encoder runs unfused: {reason}")
                 y = ff(attn(x) + x)
-            for observer in self._observers:
-                observer(self, i, x, y)
+            self._observe(i, x, y)
             x = y
         return x
 
@@ -211,7 +221,7 @@ def unfused_block_reason(
     if _has_any_global_hook():
         return "hooks on all modules are registered"
     for side, step, kind in (("attention", attn, MSSA), ("dictionary", ff, ISTA)):
-        reason = step_reason(side, step, kind, any(type(step) is cls for cls in known))
+        reason = step_reason(side, step, (kind,), any(type(step) is cls for cls in known))
         if reason is not None:
             return reason
     if any(isinstance(t, Tensor) for t in (ff.fn.step_size, ff.fn.lambd)):
@@ -228,9 +238,13 @@ def unfused_block_reason(
 
 
 def step_reason(
-    side: str, step: Any, kind: type[nn.Module], is_known: bool, more: frozenset[str] = frozenset()
+    side: str,
+    step: Any,
+    kinds: tuple[type[nn.Module], ...],
+    is_known: bool,
+    more: frozenset[str] = frozenset(),
 ) -> str | None:
-    """Why calling ``step`` could do other than fn(norm(x)), a plain LayerNorm and then ``kind``.
+    """Why calling ``step`` could do other than fn(norm(x)), a plain LayerNorm and then ``kinds``.
 
     ``is_known``: its class's forward does no more than that, but for the parameters ``more``.
     """
@@ -240,8 +254,9 @@ def step_reason(
     if set(children) != {"norm", "fn"} or set(step._parameters) - more or step._buffers:
         return f"its {side} step holds more or less than norm and fn"
     norm, fn = children["norm"], children["fn"]
-    if type(fn) is not kind:
-        return f"its {side} step is {type(fn).__name__}, not {kind.__name__}"
+    if all(type(fn) is not kind for kind in kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        return f"its {side} step is {type(fn).__name__}, not {expected}"
     if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
         return f"its {side} norm is no plain nn.LayerNorm"
     if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:

@@ -1,4 +1,5 @@
-"""Is this module the published encoder? By the same tests as its layers, see recognition.py."""
+"""Is this module a published encoder or decoder? By the same tests as their layers, see
+recognition.py."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ import types
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ISTA, MSSA, AlphaStep, OvercompleteISTA
 from .recognition import KEYWORDS, LOOP, Verdicts, against_class, against_code, holds, same, waves
+
+_DICTIONARY_NAMES = {"torch", "nn", "functional", "F", "linear", "matmul", "weight", "t", "T", "mT"}
 
 
 def published_forward(
@@ -34,22 +38,39 @@ def published_alpha_forward(encoder: Any, x: Tensor) -> Tensor:
     return x
 
 
+def published_decoder_forward(decoder: Any, x: Tensor) -> Tensor:
+    """The decoder of CRATE-MAE, module by module."""
+    for dictionary, attn in decoder.layers:
+        h = dictionary(x)
+        x = h - attn(h)
+    return x
+
+
 def looks_like_encoder(module: nn.Module) -> bool:
     """Whether it has layers of two steps, each with a norm and a fn: worth a verdict.
 
-    CRATE-alpha's, which adds its input to either step, is known by its dictionaries for another.
+    CRATE-alpha's, which adds its input to either step, and CRATE-MAE's decoder are known for others
+    by what their second steps are.
     """
-    found = _dictionaries(module)
-    return len(found) > 0 and not any(isinstance(fn, OvercompleteISTA) for fn in found)
+    return bool(_pairs(module)) and not (
+        looks_like_alpha_encoder(module) or looks_like_decoder(module)
+    )
 
 
 def looks_like_alpha_encoder(module: nn.Module) -> bool:
     """The same for CRATE-alpha's."""
-    return any(isinstance(fn, OvercompleteISTA) for fn in _dictionaries(module))
+    return any(isinstance(second, OvercompleteISTA) for _, second in _pairs(module))
 
 
-def _dictionaries(module: nn.Module) -> list[nn.Module]:
-    """The fn of each second step; none if there are no layers, or others than pairs of steps."""
+def looks_like_decoder(module: nn.Module) -> bool:
+    """The same for CRATE-MAE's decoder."""
+    found = _pairs(module)
+    in_order = (isinstance(b, MSSA) and not isinstance(a, MSSA) for a, b in found)
+    return bool(found) and all(in_order)
+
+
+def _pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The two fn of each layer; none if there are no layers, or others than pairs of steps."""
     layers = module._modules.get("layers")
     if not isinstance(layers, nn.ModuleList):
         return []
@@ -60,7 +81,7 @@ def _dictionaries(module: nn.Module) -> list[nn.Module]:
         and all(isinstance(s, nn.Module) and {"norm", "fn"} <= set(s._modules) for s in pair)
         for pair in pairs
     )
-    return [ff.fn for _, ff in pairs] if of_steps else []
+    return [(first.fn, second.fn) for first, second in pairs] if of_steps else []
 
 
 def reason_against_encoder(module: nn.Module, seen: Verdicts) -> str | None:
@@ -68,35 +89,63 @@ def reason_against_encoder(module: nn.Module, seen: Verdicts) -> str | None:
 
     ``seen`` keeps the verdict on each forward function.
     """
-    return _against_encoder(module, seen, published_forward, reason_against_step, ISTA)
+    against = _against_whole(module, seen, published_forward)
+    return against or _against_layers(module, seen, reason_against_step, (MSSA, ISTA))
 
 
 def reason_against_alpha_encoder(module: nn.Module, seen: Verdicts) -> str | None:
     """The same for CRATE-alpha's."""
-    own, against_step = published_alpha_forward, reason_against_alpha_step
-    return _against_encoder(module, seen, own, against_step, OvercompleteISTA)
+    against = _against_whole(module, seen, published_alpha_forward)
+    kinds = (MSSA, OvercompleteISTA)
+    return against or _against_layers(module, seen, reason_against_alpha_step, kinds)
 
 
-def _against_encoder(
-    module: nn.Module, seen: Verdicts, own: Any, against_step: Any, dictionary: Any
-) -> str | None:
+def reason_against_decoder(module: nn.Module, seen: Verdicts) -> str | None:
+    """The same for CRATE-MAE's decoder."""
+    against = _against_whole(module, seen, published_decoder_forward)
+    return against or reason_against_decoder_layers(module, seen)
+
+
+def reason_against_decoder_layers(module: nn.Module, seen: Verdicts) -> str | None:
+    """Why its steps are not fn(norm(x)) of a dictionary and a swapped MSSA; None if they are."""
+    return _against_layers(module, seen, reason_against_step, (None, MSSA))
+
+
+def _against_whole(module: nn.Module, seen: Verdicts, own: Any) -> str | None:
+    """What it holds, and its forward against ``own``."""
     if set(module._modules) != {"layers"} or module._parameters or module._buffers:
         return holds(module, {"layers"})
     layers: Any = module._modules["layers"]
     depth = len(layers)
     against_forward = functools.partial(_against_encoder_forward, own, depth)
-    reason = _against_module(module, seen, against_forward, (own, depth))
-    if reason is not None:
-        return reason
-    for i, pair in enumerate(layers):
-        for j, (step, kind) in enumerate(zip(pair, (MSSA, dictionary), strict=True)):
+    return _against_module(module, seen, against_forward, (own, depth))
+
+
+def _against_layers(
+    module: Any, seen: Verdicts, against_step: Any, kinds: tuple[Any, Any]
+) -> str | None:
+    """Its steps, whose fn are of these kinds; None stands for a decoder's dictionary."""
+    for i, pair in enumerate(module.layers):
+        for j, (step, kind) in enumerate(zip(pair, kinds, strict=True)):
             reason = against_step(step, seen)
-            if reason is None and type(step.fn) is not kind:
+            if reason is None and kind is None:
+                reason = _against_dictionary(step.fn, seen)
+            elif reason is None and type(step.fn) is not kind:
                 found = type(step.fn).__name__
                 reason = f"expected fn to be a swapped {kind.__name__}, got {found}"
             if reason is not None:
                 return f"layers.{i}.{j}: {reason}"
     return None
+
+
+def _against_dictionary(fn: nn.Module, seen: Verdicts) -> str | None:
+    """Why ``fn`` is not F.linear(x, weight), of a weight (D, D)."""
+    if set(fn._parameters) != {"weight"} or fn._modules or fn._buffers:
+        return holds(fn, {"weight"})
+    weight: Any = fn._parameters["weight"]
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or len(set(weight.shape)) != 1:
+        return "expected its weight to be a plain nn.Parameter of shape (D, D)"
+    return _against_module(fn, seen, _against_dictionary_forward, "dictionary")
 
 
 def reason_against_step(step: nn.Module, seen: Verdicts) -> str | None:
@@ -150,6 +199,12 @@ def _against_step_forward(forward: types.FunctionType) -> str | None:
         return step.fn(step.norm(x), **kwargs)
 
     return _against_trials(forward, own, _step_stand_in())
+
+
+def _against_dictionary_forward(forward: types.FunctionType) -> str | None:
+    reason = against_code(forward, _DICTIONARY_NAMES, False, frozenset())
+    stand_in = types.SimpleNamespace(weight=waves(6, 6))
+    return reason or _against_trials(forward, lambda fn, x: F.linear(x, fn.weight), stand_in)
 
 
 def _against_trials(forward: Any, own: Any, stand_in: types.SimpleNamespace) -> str | None:

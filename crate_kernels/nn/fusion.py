@@ -12,12 +12,15 @@ from typing import Any
 from torch import nn
 
 from ..checks import refuse
-from .alpha_encoder import AlphaEncoder, unfused_step_reason
-from .encoder import Encoder, check_memory, unfused_block_reason
+from .alpha_encoder import AlphaEncoder
+from .decoder import Decoder
+from .encoder import Encoder, Layers, check_memory, unfused_block_reason
 from .encoder_recognition import (
     looks_like_alpha_encoder,
+    looks_like_decoder,
     looks_like_encoder,
     reason_against_alpha_encoder,
+    reason_against_decoder,
     reason_against_encoder,
 )
 from .layers import ISTA, MSSA, OvercompleteISTA, unfused_reason
@@ -33,15 +36,24 @@ from .patch_projection import (
     reason_against_patch_projection,
 )
 from .recognition import Verdicts, looks_like, reason_against
+from .steps import unfused_step_reason
 
 KINDS: tuple[type[nn.Module], ...] = (
     PatchEmbedding,
     PatchProjection,
     Encoder,
     AlphaEncoder,
+    Decoder,
     MSSA,
     ISTA,
     OvercompleteISTA,
+)
+
+# Of layers in a row: what they become, what looks like them, and why it would not be them.
+STACKS: tuple[tuple[type[Layers], Any, Any], ...] = (
+    (AlphaEncoder, looks_like_alpha_encoder, reason_against_alpha_encoder),
+    (Decoder, looks_like_decoder, reason_against_decoder),
+    (Encoder, looks_like_encoder, reason_against_encoder),
 )
 
 
@@ -86,12 +98,13 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
     (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each, as do those
     of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`), whose encoder becomes an
-    :class:`AlphaEncoder`, with one op between the steps (:func:`crate_kernels.residual_norm`). The
-    stem ``to_patch_embedding`` becomes a :class:`PatchEmbedding`, a stem that is a convolution, in
-    a model with such layers, a :class:`PatchProjection`.
+    :class:`AlphaEncoder`, with one op between the steps (:func:`crate_kernels.residual_norm`), as a
+    block of CRATE-MAE's decoder becomes a :class:`Decoder`. The stem ``to_patch_embedding`` becomes
+    a :class:`PatchEmbedding`, a stem that is a convolution, in a model with such layers, a
+    :class:`PatchProjection`.
 
     Layers are found by what they hold and compute, wherever they were defined: the published
-    CRATE, CRATE-alpha and the encoder of CRATE-MAE, inside DataParallel and
+    CRATE, CRATE-alpha and CRATE-MAE, inside DataParallel and
     DistributedDataParallel too. What only looks like one of them (another forward, a subclass, an
     instance whose forward was replaced, other children) is left alone and reported. Modules change
     class in place: parameters, optimizers, hooks, state-dict keys and mode stay. Works on
@@ -136,15 +149,16 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     for name, module in _layers("fuse", model):
         if isinstance(module, Encoder):
             module.memory = memory or module.memory
-            report.skipped.append(Layer(name, "Encoder", "fused already"))
-        elif isinstance(module, AlphaEncoder):
-            report.skipped.append(Layer(name, "AlphaEncoder", "fused already"))
-        elif looks_like_encoder(module) or looks_like_alpha_encoder(module):
-            _fuse_encoder(name, module, memory, seen, report)
+        if isinstance(module, Layers):
+            kind_name = next(kind.__name__ for kind, *_ in STACKS if isinstance(module, kind))
+            report.skipped.append(Layer(name, kind_name, "fused already"))
+        elif any(looks(module) for _, looks, _ in STACKS):
+            _fuse_stack(name, module, memory, seen, report)
         elif looks_like_stem(module):
             _swap(name, module, PatchEmbedding, reason_against_stem, report)
         elif looks_like_patch_projection(module) and _has_our_layers(model):
             _swap(name, module, PatchProjection, reason_against_patch_projection, report)
+    _forget_dictionaries(model, report)
     return report
 
 
@@ -167,16 +181,10 @@ def _swap(
     report.replaced.append(Layer(name, kind.__name__))
 
 
-def _fuse_encoder(
-    name: str, module: Any, memory: str | None, seen: Verdicts, report: Report
-) -> None:
-    """What looks like an encoder becomes one, or is reported with the reason against it."""
-    kind: type[nn.Module] = Encoder
-    if looks_like_alpha_encoder(module):
-        kind = AlphaEncoder
-        reason = reason_against_alpha_encoder(module, seen)
-    else:
-        reason = reason_against_encoder(module, seen)
+def _fuse_stack(name: str, module: Any, memory: str | None, seen: Verdicts, report: Report) -> None:
+    """What looks like an encoder or decoder becomes one, or is reported with the reason against."""
+    kind, against = next((kind, against) for kind, looks, against in STACKS if looks(module))
+    reason = against(module, seen)
     if reason is not None:
         report.skipped.append(Layer(name, kind.__name__, reason))
         return
@@ -185,15 +193,27 @@ def _fuse_encoder(
     if kind is Encoder:
         module.memory = memory or "default"
     module.know_steps()
-    note = _encoder_note(module) if kind is Encoder else _alpha_encoder_note(module)
+    note = _encoder_note(module) if kind is Encoder else _steps_note(module)
     report.replaced.append(Layer(name, kind.__name__, note))
+
+
+def _forget_dictionaries(model: nn.Module, report: Report) -> None:
+    """A decoder's dictionary, which holds what an ISTA does, is part of the decoder."""
+    layers = _layers("fuse", model)
+    taken: set[Any] = set()
+    for _, module in layers:
+        if isinstance(module, Decoder):
+            pairs: Any = module.layers
+            taken |= {dictionary.fn for dictionary, _ in pairs}
+    names = {name for name, module in layers if module in taken}
+    report.skipped[:] = [layer for layer in report.skipped if layer.name not in names]
 
 
 def unfuse(model: nn.Module) -> Report:
     """Give every layer that :func:`fuse` swapped its own class back, in place.
 
-    Those built as :class:`MSSA`, :class:`ISTA`, :class:`OvercompleteISTA`, :class:`Encoder` or
-    :class:`AlphaEncoder` had no other and are reported as skipped.
+    Those built as :class:`MSSA`, :class:`ISTA`, :class:`OvercompleteISTA`, :class:`Encoder`,
+    :class:`AlphaEncoder` or :class:`Decoder` had no other and are reported as skipped.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -209,7 +229,7 @@ def unfuse(model: nn.Module) -> Report:
         elif type(module) is not kinds[0]:
             reason = f"its class became {type(module).__name__} after fuse"
         else:
-            for kept in ("_memory", "_steps", "constants", "patch_size"):
+            for kept in ("_memory", "_steps", "_dictionaries", "constants", "patch_size"):
                 vars(module).pop(kept, None)
             module.__class__ = vars(module).pop("_unfused_class")
             report.replaced.append(Layer(name, kind))
@@ -246,14 +266,15 @@ def _encoder_note(encoder: Any) -> str:
     return f"{unfused[0]}: {len(unfused)} of {len(reasons)} layers run MSSA and ISTA apart"
 
 
-def _alpha_encoder_note(encoder: Any) -> str:
-    """How many of its steps leave norm and residual to PyTorch, and the first one's reason."""
+def _steps_note(module: Any) -> str:
+    """How many steps leave norm and residual to PyTorch, and the first one's reason."""
+    sides: Any = (("attention", (MSSA,)), ("dictionary", (OvercompleteISTA,)))
+    if type(module) is Decoder:
+        sides = (("dictionary", module._dictionaries), sides[0])
     reasons = [
-        unfused_step_reason(side, step, kind, encoder._steps)
-        for pair in encoder.layers
-        for side, step, kind in zip(
-            ("attention", "dictionary"), pair, (MSSA, OvercompleteISTA), strict=True
-        )
+        unfused_step_reason(side, step, kinds, module._steps)
+        for pair in module.layers
+        for step, (side, kinds) in zip(pair, sides, strict=True)
     ]
     unfused = [reason for reason in reasons if reason is not None]
     if not unfused:

@@ -1,4 +1,5 @@
-"""A residual and the LayerNorm behind it, as CRATE-alpha has between its steps, arXiv 2405.20299.
+"""A residual and the LayerNorm behind it, as CRATE-alpha has between its steps, arXiv 2405.20299,
+and CRATE-MAE's decoder between its layers, with a minus sign, arXiv 2404.02446.
 
 z = x + scale y,  h = gamma zhat + beta,  zhat = (z - mean) rstd
 dx = dz + rstd (t - mean(t) - zhat mean(t zhat)),  t = gamma dh
@@ -7,6 +8,7 @@ dy = scale dx,  dscale = sum dx y,  dgamma = sum dh zhat,  dbeta = sum dh
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ def residual_norm(
     weight: Tensor,
     bias: Tensor,
     y: Tensor | None = None,
-    scale: Tensor | None = None,
+    scale: Tensor | float | None = None,
     *,
     eps: float = 1e-5,
     backend: str = "auto",
@@ -35,13 +37,15 @@ def residual_norm(
                                      {\sqrt{\mathrm{var}(z) + \epsilon}} + \beta
 
     One pass over the rows, and one in the backward pass. Between two steps of CRATE-alpha nothing
-    else is needed: h is what the next step takes, z what is added to its result.
+    else is needed: h is what the next step takes, z what is added to its result. Between two layers
+    of CRATE-MAE's decoder a result is subtracted: s is -1.
 
     Args:
         x: the stream (..., D), in a dtype of its own: float32 under autocast.
         weight, bias: gamma and beta, (D,).
         y: what is added, (..., D), in the dtype of the GEMM that made it; None: z is x.
-        scale: s, (D,), LayerScale's factors; None: ones. Only together with y.
+        scale: s, (D,), LayerScale's factors, or a number, which is a constant of the kernels: they
+            are compiled for each. None: 1. Only together with y.
         eps: epsilon > 0.
         backend: "auto", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
@@ -56,16 +60,19 @@ def residual_norm(
     autocast off.
 
     Raises:
-        ValueError: shapes, devices, eps, a scale without y, or a backend that do not fit.
+        ValueError: shapes, devices, eps, a scale that is not finite or without y, or a backend that
+            do not fit.
         TypeError: not tensors, not floating, or of mixed dtypes with autocast off.
 
-    Source: arXiv 2405.20299. Derivation, bytes: docs/residual_norm.md.
+    Source: arXiv 2405.20299, 2404.02446. Derivation, bytes: docs/residual_norm.md.
     """
     _check(x, weight, bias, y, scale, eps)
     dtype = autocast_dtype(x)
     backend = backends.choose("residual_norm", backend, x, dtype, None)
+    factors = scale if isinstance(scale, Tensor) else None
+    factor = 1.0 if scale is None or isinstance(scale, Tensor) else float(scale)
     z, h, _ = torch.ops.crate_kernels.residual_norm(
-        x, weight, bias, y, scale, float(eps), dtype, backend
+        x, weight, bias, y, factors, factor, float(eps), dtype, backend
     )
     return (x if y is None else z), h
 
@@ -75,7 +82,7 @@ def explain_residual_norm(
     weight: Tensor,
     bias: Tensor,
     y: Tensor | None = None,
-    scale: Tensor | None = None,
+    scale: Tensor | float | None = None,
     *,
     eps: float = 1e-5,
 ) -> backends.Explanation:
@@ -85,10 +92,18 @@ def explain_residual_norm(
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None, scale: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None,
+    scale: Tensor | float | None,
+    eps: float,
 ) -> None:
     op = "residual_norm"
-    check_tensors(op, {"x": x, "weight": weight, "bias": bias}, {"y": y, "scale": scale})
+    given: Any = scale
+    is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    factors = None if is_number else given
+    check_tensors(op, {"x": x, "weight": weight, "bias": bias}, {"y": y, "scale": factors})
     if weight.dim() != 1 or weight.numel() == 0:
         refuse(op, "weight of shape (D,) with D > 0", tuple(weight.shape))
     d = weight.shape[0]
@@ -100,8 +115,10 @@ def _check(
         refuse(op, f"y of the shape of x, {tuple(x.shape)}", tuple(y.shape))
     if scale is not None and y is None:
         refuse(op, "scale only together with y", "scale without y")
-    if scale is not None and scale.shape != (d,):
-        refuse(op, f"scale of shape (D,) = {(d,)}", tuple(scale.shape))
+    if factors is not None and factors.shape != (d,):
+        refuse(op, f"scale of shape (D,) = {(d,)}", tuple(factors.shape))
+    if is_number and not -math.inf < given < math.inf:
+        refuse(op, "scale to be finite", given)
     check_number(op, "eps", eps, above_zero=True)
 
 
@@ -134,13 +151,16 @@ def _forward(
     bias: Tensor,
     y: Tensor | None,
     scale: Tensor | None,
+    factor: float,
     eps: float,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z (empty without y), h and the statistics of the rows."""
+    """z (empty without y), h and the statistics of the rows. ``factor`` is a scale that is a
+    number; 1 where there is a tensor."""
     given = _contiguous(x, y, scale, weight, bias)
-    z, h, stats = _kernels(backend).forward(*given, eps, _sum_dtype(x, y, scale), dtype)
+    options = (eps, _sum_dtype(x, y, scale), dtype, factor)
+    z, h, stats = _kernels(backend).forward(*given, *options)
     return x.new_empty(0) if z is None else z, h, stats
 
 
@@ -152,13 +172,14 @@ def _backward(
     weight: Tensor,
     y: Tensor | None,
     scale: Tensor | None,
+    factor: float,
     x_dtype: torch.dtype,
     y_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """dx, dweight, dbias, dy, dscale: dy empty without a ``y_dtype``, dscale without y."""
     given = _contiguous(dz, dh, z, stats, weight, y, scale)
-    dx, dy, *sums = _kernels(backend).backward(*given, x_dtype, y_dtype)
+    dx, dy, *sums = _kernels(backend).backward(*given, x_dtype, y_dtype, factor)
     found = (dx, *sums[:2], dy, sums[2])
     return tuple(z.new_empty(0) if t is None else t for t in found)
 
@@ -169,6 +190,7 @@ def _forward_fake(
     bias: Tensor,
     y: Tensor | None,
     scale: Tensor | None,
+    factor: float,
     eps: float,
     dtype: torch.dtype,
     backend: str,
@@ -188,6 +210,7 @@ def _backward_fake(
     weight: Tensor,
     y: Tensor | None,
     scale: Tensor | None,
+    factor: float,
     x_dtype: torch.dtype,
     y_dtype: torch.dtype | None,
     backend: str,
@@ -199,7 +222,7 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, y, scale, _, ctx.h_dtype, ctx.backend = inputs
+    x, weight, bias, y, scale, ctx.factor, _, ctx.h_dtype, ctx.backend = inputs
     z, _, stats = output
     ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
     ctx.y_dtype = None if y is None else y.dtype
@@ -213,15 +236,15 @@ def _gradient(
     ctx: Any, dz: Tensor | None, dh: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dz is None and dh is None:
-        return (None,) * 8
+        return (None,) * 9
     z, stats, weight, y, scale = ctx.saved_tensors
     wants = list(ctx.needs_input_grad)
     if dh is None:  # of a result that was not used, as its weight and bias
         dh, wants[1:3] = z.new_zeros(z.shape, dtype=ctx.h_dtype), (False, False)
-    same = scale is None and ctx.y_dtype == ctx.x_dtype  # dy is dx
+    same = scale is None and ctx.factor == 1 and ctx.y_dtype == ctx.x_dtype  # dy is dx
     y_dtype = ctx.y_dtype if wants[3] and not same else None
     dx, dweight, dbias, dy, dscale = torch.ops.crate_kernels.residual_norm_backward(
-        dz, dh, z, stats, weight, y, scale, ctx.x_dtype, y_dtype, ctx.backend
+        dz, dh, z, stats, weight, y, scale, ctx.factor, ctx.x_dtype, y_dtype, ctx.backend
     )
     return (
         dx if wants[0] else None,
@@ -229,19 +252,19 @@ def _gradient(
         dbias.to(ctx.bias_dtype) if wants[2] else None,
         (dx if same else dy) if wants[3] else None,
         dscale.to(scale.dtype) if wants[4] else None,
-        *(None,) * 3,
+        *(None,) * 4,
     )
 
 
 define(
-    "residual_norm(Tensor x, Tensor weight, Tensor bias, Tensor? y, Tensor? scale, float eps,"
-    " ScalarType dtype, str backend) -> (Tensor z, Tensor h, Tensor stats)",
+    "residual_norm(Tensor x, Tensor weight, Tensor bias, Tensor? y, Tensor? scale, float factor,"
+    " float eps, ScalarType dtype, str backend) -> (Tensor z, Tensor h, Tensor stats)",
     _forward,
     _forward_fake,
 )
 define(
     "residual_norm_backward(Tensor? dz, Tensor dh, Tensor z, Tensor stats, Tensor weight,"
-    " Tensor? y, Tensor? scale, ScalarType x_dtype, ScalarType? y_dtype, str backend)"
+    " Tensor? y, Tensor? scale, float factor, ScalarType x_dtype, ScalarType? y_dtype, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dy, Tensor dscale)",
     _backward,
     _backward_fake,

@@ -13,7 +13,7 @@ def residual_norm_reference(
     weight: Tensor,
     bias: Tensor,
     y: Tensor | None = None,
-    scale: Tensor | None = None,
+    scale: Tensor | float | None = None,
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def residual_norm_reference_backward(
     x: Tensor,
     weight: Tensor,
     y: Tensor | None = None,
-    scale: Tensor | None = None,
+    scale: Tensor | float | None = None,
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor | None, ...]:
@@ -44,12 +44,12 @@ def residual_norm_reference_backward(
     dx = dx if dz is None else dx + dz
     if y is None:
         return dx, dweight, dbias, None, None
-    if scale is None:
-        return dx, dweight, dbias, dx, None
+    if not isinstance(scale, Tensor):
+        return dx, dweight, dbias, dx if scale is None else scale * dx, None
     return dx, dweight, dbias, scale * dx, (dx * y).reshape(-1, y.shape[-1]).sum(0)
 
 
-def _sum(x: Tensor, y: Tensor | None, scale: Tensor | None) -> Tensor:
+def _sum(x: Tensor, y: Tensor | None, scale: Tensor | float | None) -> Tensor:
     if y is None:
         return x
     return x + (y if scale is None else scale * y)

@@ -20,13 +20,14 @@ def forward(
     eps: float,
     z_dtype: torch.dtype,
     dtype: torch.dtype,
+    factor: float = 1.0,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """z = x + scale y in ``z_dtype`` (None without y), h = LN(z) in ``dtype``, and the stats.
 
-    h is of the sum before it is rounded.
+    h is of the sum before it is rounded. ``factor`` is a scale that is a number.
     """
     wide = wide_dtype(z_dtype)
-    added = y if y is None or scale is None else y.to(wide) * scale.to(wide)
+    added = None if y is None else _scaled(y.to(wide), scale, factor)
     z, h, stats = rows.normalise(x.to(wide), added, None, gamma, beta, eps, wide)
     return (None if y is None else z.to(z_dtype)), h.to(dtype), stats
 
@@ -41,6 +42,7 @@ def backward(
     scale: Tensor | None,
     x_dtype: torch.dtype,
     y_dtype: torch.dtype | None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """dx = the norm's gradient (+ dz) in ``x_dtype``, dy = scale dx in ``y_dtype``, dgamma, dbeta
     and dscale = the sum of dx y over rows; no dy without a ``y_dtype``, no dscale without y."""
@@ -50,7 +52,7 @@ def backward(
     )
     dy = dscale = None
     if y_dtype is not None:
-        dy = (dx if scale is None else dx * scale.to(dx.dtype)).to(y_dtype)
+        dy = _scaled(dx, scale, factor).to(y_dtype)
     if y is not None:
         dscale = (dx * y).view(-1, y.shape[-1]).sum(0)
     return dx.to(x_dtype), dy, dgamma, dbeta, dscale
@@ -58,3 +60,9 @@ def backward(
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _scaled(t: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+    if scale is not None:
+        return t * scale.to(t.dtype)
+    return t if factor == 1 else t * factor

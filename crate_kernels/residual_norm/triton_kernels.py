@@ -1,4 +1,5 @@
-"""Residual and LayerNorm in Triton: the passes over rows of a CRATE layer, with a scale.
+"""Residual and LayerNorm in Triton: the passes over rows of a CRATE layer, with a scale: a factor
+for each column, or one number.
 
     forward   z = x + scale y, h = gamma (z - mean) rstd + beta       normalise_kernel
     backward  dx = rstd (t - mean(t) - zhat mean(t zhat)) + dz        normalise_backward_kernel
@@ -49,6 +50,7 @@ def forward(
     eps: float,
     z_dtype: torch.dtype,
     dtype: torch.dtype,
+    factor: float = 1.0,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     d = x.shape[-1]
     n_rows = x.numel() // d
@@ -62,7 +64,7 @@ def forward(
                 x, y, scale, None, gamma, beta, z, h, stats, n_rows, eps,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=y is not None, ADD_BIAS=False, WRITE_Z=y is not None, WRITE_H=True,
-                num_warps=config.num_warps,
+                FACTOR=factor, num_warps=config.num_warps,
             )  # fmt: skip
     return z, h, stats
 
@@ -77,6 +79,7 @@ def backward(
     scale: Tensor | None,
     x_dtype: torch.dtype,
     y_dtype: torch.dtype | None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     d = z.shape[-1]
     n_rows = z.numel() // d
@@ -92,6 +95,6 @@ def backward(
                 dh, z, stats, gamma, None, dz, y, scale, dx, dy, None, partials, n_rows,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=config.rows,
                 ADD=dz is not None, WRITE_H=False, SUM_DZ=y is not None, MASK=False,
-                num_warps=config.num_warps,
+                FACTOR=factor, num_warps=config.num_warps,
             )  # fmt: skip
     return dx, dy, *sum_partials(partials)

@@ -1,7 +1,7 @@
 """Where the tokens of a model can be seen without leaving the fused path.
 
 An Encoder runs a layer as one op, and would run it module by module for a hook inside it: it calls
-an observer instead, and so does an AlphaEncoder. Layers outside of both are seen by a hook before
+an observer instead, and so do AlphaEncoder and Decoder. Layers outside are seen by a hook before
 MSSA and one after ISTA, on these modules themselves, which neither MSSA nor ISTA takes as a reason
 to run unfused.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.gpt import CausalMSSA
+from ..nn.decoder import Decoder
 from ..nn.encoder import Encoder, Layers
 from ..nn.fusion import Layer
 from ..nn.layers import (
@@ -76,15 +77,17 @@ def find(model: nn.Module) -> Found:
         if isinstance(module, Layers):
             inside = (*inside, f"{name}." if name else "")
             layers: Any = module.layers
-            for i, (attn, ff) in enumerate(layers):
+            for i, pair in enumerate(layers):
+                at = 1 if isinstance(module, Decoder) else 0
+                attn, ff = pair[at], pair[1 - at]
                 label = f"{name}.layers.{i}" if name else f"layers.{i}"
                 if not isinstance(attn.fn, Attention):
                     now = f"its attention step is now {type(attn.fn).__name__}"
                     found.skipped.append(Layer(label, type(module).__name__, now))
                 elif isinstance(module, Encoder):
                     found.places.append(Place(label, attn.fn, ff.fn, module, i))
-                else:  # what leaves the dictionary of CRATE-alpha is not sparse
-                    found.places.append(Place(f"{label}.0.fn", attn.fn, None, module, i))
+                else:  # what leaves the dictionary of CRATE-alpha, or of a decoder, is not sparse
+                    found.places.append(Place(f"{label}.{at}.fn", attn.fn, None, module, i))
             continue
         kind, reason = _kind(module, seen)
         if reason is not None:

@@ -218,9 +218,8 @@ class Trace:
         layer = turns[index].take(x.device)
         with torch.no_grad():
             if self.rate or layer in self._watched:
-                step = encoder.layers[index][0]
                 # No hook is called: the layer has run.
-                self._see_normed(layer, step.fn, step.norm.forward(x[: self.samples]))
+                self._see_normed(layer, *encoder.before_attention(index, x[: self.samples]))
             if self._places[layer].dictionary is not None:
                 self._see_output(layer, y)
 

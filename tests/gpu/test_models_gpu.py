@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_close_as_plain
+from helpers import HALVES, assert_as_close_as_plain, calls
 
 from crate_kernels import (
     cuda_extension,
@@ -22,7 +23,7 @@ from crate_kernels.bench import workloads
 from crate_kernels.bench.check import compare
 from crate_kernels.bench.model_cases import ModelCase
 from crate_kernels.bench.peers import candidate
-from crate_kernels.models import CRATE
+from crate_kernels.models import CRATE, MaskedAutoencoder
 
 pytest.importorskip("triton")
 
@@ -265,9 +266,9 @@ def test_prepared_inference_is_the_same_captured_too():
 def test_prepared_inference_of_few_rows(batch, monkeypatch):
     """Its own kernels where the CUDA ones are built; as accurate, captured too, and repeatable."""
     block = pytest.importorskip("crate_kernels.block.cuda_kernels")
-    calls = []
+    ran = []
     monkeypatch.setattr(
-        block, "forward_of_few", lambda *a, run=block.forward_of_few: calls.append(1) or run(*a)
+        block, "forward_of_few", lambda *a, run=block.forward_of_few: ran.append(1) or run(*a)
     )
     plain = small_crate().eval()
     ready = fused_copy(plain)
@@ -283,7 +284,71 @@ def test_prepared_inference_of_few_rows(batch, monkeypatch):
         graph.replay()
         assert torch.equal(captured, want)
     if not cuda_extension.against("cuda", torch.cuda.current_device()):
-        assert len(calls) == 2 * 3  # layers
+        assert len(ran) == 2 * 3  # layers
     with torch.no_grad():
         exact = plain.double()(x.double())
     assert_as_close_as_plain({"y": want}, {"y": eager}, {"y": exact})
+
+
+# ---- CRATE-MAE's decoder
+
+
+def small_mae():
+    torch.manual_seed(0)
+    size = {"image_size": 64, "patch_size": 8, "dim": 192, "depth": 1, "heads": 3}
+    return MaskedAutoencoder(**size, decoder_depth=3, decoder_heads=3).cuda()
+
+
+def of_decoder(model, codes, autocast):
+    """The predicted patches, and every gradient."""
+    model.zero_grad()
+    codes = codes.clone().requires_grad_()
+    with torch.autocast("cuda", autocast, enabled=autocast is not None):
+        y = model.forward_decoder(codes)
+    (y.double() * torch.arange(y.numel(), device="cuda").view(y.shape).cos()).sum().backward()
+    named = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": codes.grad, **{f"d{k}": grad for k, grad in named.items()}}
+
+
+@pytest.mark.parametrize("autocast", [*HALVES, None], ids=str)
+@pytest.mark.parametrize("chained", [True, False])
+def test_maes_decoder(chained, autocast):
+    """As close to float64 as the published one, by the mean square and the median over batches;
+    across its blocks, and block by block, where each is called for a hook."""
+    plain = small_mae()
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    assert "3 Decoder" in str(fuse(fused))
+    if not chained:
+        for block in fused.decoder_blocks:
+            block.register_forward_hook(lambda *_: None)
+    ratios = {}
+    for _ in range(7):
+        codes = torch.randn(8, 65, 192, device="cuda")
+        got, published = (of_decoder(m, codes, autocast) for m in (fused, plain))
+        for name, want in of_decoder(exact, codes.double(), None).items():
+            assert got[name].dtype == published[name].dtype
+            error, of_plain = ((t[name].double() - want).norm() for t in (got, published))
+            floor = 2 * torch.finfo(torch.float32).eps * want.norm()
+            ratios.setdefault(name, []).append((error / torch.maximum(of_plain, floor)).item())
+    for name, several in ratios.items():
+        assert statistics.median(several) <= (3 if name.startswith("d") else 2), (name, several)
+
+
+def test_maes_decoder_runs_fused():
+    model = small_mae()
+    fuse(model)
+    codes = torch.randn(2, 65, 192, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        _, count = calls(model.forward_decoder, codes)
+        assert model.decoder_blocks[0](codes).dtype == torch.bfloat16
+    assert count["residual_norm"] == 6
+
+
+def test_compiled_mae():
+    model = small_mae()
+    fuse(model)
+    compiled = torch.compile(model.forward_decoder, fullgraph=True)
+    codes = torch.randn(4, 65, 192, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        want, got = model.forward_decoder(codes), compiled(codes)
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)

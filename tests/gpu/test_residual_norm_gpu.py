@@ -26,16 +26,17 @@ def inputs_on_gpu(shape, form, x_dtype, y_dtype, mean=0.5):
     return cast(inputs, x_dtype, y_dtype)
 
 
-def check(shape, form, x_dtype, y_dtype, autocast, mean=0.5):
+def check(shape, form, x_dtype, y_dtype, autocast, mean=0.5, **options):
     inputs = inputs_on_gpu(shape, form, x_dtype, y_dtype, mean)
     # The upstream gradients in the dtypes of z and h.
     dz = torch.randn(shape, device="cuda").to(x_dtype)
     dh = torch.randn(shape, device="cuda").to(autocast or x_dtype)
-    got = both(residual_norm, inputs, dz, dh, autocast, backend="triton")
-    plain = both(published_residual_norm, inputs, dz, dh, autocast)
-    assert_as_close_as_plain(got, plain, exactly(inputs, dz, dh), (shape, form, mean))
+    got = both(residual_norm, inputs, dz, dh, autocast, backend="triton", **options)
+    plain = both(published_residual_norm, inputs, dz, dh, autocast, **options)
+    exact = exactly(inputs, dz, dh, **options)
+    assert_as_close_as_plain(got, plain, exact, (shape, form, mean, options))
     for _ in range(REPEATS):
-        again = both(residual_norm, inputs, dz, dh, autocast, backend="triton")
+        again = both(residual_norm, inputs, dz, dh, autocast, backend="triton", **options)
         assert all(torch.equal(again[name], t) for name, t in got.items())
 
 
@@ -45,6 +46,21 @@ def check(shape, form, x_dtype, y_dtype, autocast, mean=0.5):
 def test_as_close_as_plain_and_repeatable(d, form, x_dtype, y_dtype, autocast):
     for rows in ((1,), (3, 197)):
         check((*rows, d), form, x_dtype, y_dtype, autocast)
+
+
+# As between the layers of CRATE-MAE's decoder, whose stream is in autocast's dtype.
+@pytest.mark.parametrize(
+    ("x_dtype", "y_dtype", "autocast"), [*DTYPES, *((c, c, c) for c in HALVES)], ids=str
+)
+@pytest.mark.parametrize("scale", [-1, -1.0, 0.25, 1])
+@pytest.mark.parametrize("d", [100, 768])
+def test_a_scale_that_is_a_number(d, scale, x_dtype, y_dtype, autocast):
+    for rows in ((1,), (3, 197)):
+        check((*rows, d), "residual", x_dtype, y_dtype, autocast, scale=scale)
+
+
+def test_many_differences():
+    check((256 * 197, 768), "residual", *[torch.bfloat16] * 3, scale=-1.0)
 
 
 @pytest.mark.parametrize("d", [1, 8, 20, 100, 1000, 1536, 4096])

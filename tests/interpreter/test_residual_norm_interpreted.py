@@ -62,6 +62,33 @@ def test_passes(form, x_dtype, y_dtype, dtype, monkeypatch):
             close(*sums)
 
 
+@pytest.mark.parametrize(("x_dtype", "y_dtype", "dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-1, 0.25])
+def test_passes_with_a_number(scale, x_dtype, y_dtype, dtype):
+    factor = float(scale)
+    for shape in [(7, 24), (2, 3, 5)]:
+        inputs = cast(residual_inputs(*shape, form="residual"), x_dtype, y_dtype)
+        x, gamma, beta, y = inputs.values()
+        given = (x, y, None, gamma, beta, 1e-5, torch.promote_types(x_dtype, y_dtype), dtype)
+        got, want = (k.forward(*given, factor) for k in (triton_kernels, torch_kernels))
+        close(got, want)
+        z, _, stats = want
+        dz, dh = torch.randn(shape).to(z), torch.randn(shape).to(dtype)
+        given = (dz, dh, z, stats, gamma, None, None, x_dtype, y_dtype)
+        close(*(k.backward(*given, factor) for k in (triton_kernels, torch_kernels)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_difference_is_as_close_as_plain(dtype):
+    for shape in [(2, 9, 40), (3, 768)]:
+        inputs = cast(residual_inputs(*shape, form="residual"), dtype, dtype)
+        dz, dh = torch.randn(2, *shape).to(dtype)
+        got = both(residual_norm, inputs, dz, dh, backend="triton", scale=-1)
+        plain = both(published_residual_norm, inputs, dz, dh, scale=-1)
+        assert_as_close_as_plain(got, plain, exactly(inputs, dz, dh, scale=-1), shape)
+        assert torch.equal(got["z"], inputs["x"] - inputs["y"])
+
+
 @pytest.mark.parametrize(("x_dtype", "c_dtype"), [(torch.float32,) * 2, (torch.float16,) * 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_as_close_as_plain(form, x_dtype, c_dtype):
