@@ -3,8 +3,8 @@
 Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, what comes before it,
 :func:`tied_rotary`, and its step of generation, :func:`tied_attention_decode`, a whole layer,
 :func:`crate_block`, the stem, :func:`patch_embedding`, and of CRATE-alpha its ISTA,
-:func:`overcomplete_ista`, and what is between its steps, :func:`residual_norm`, each with its
-``*_reference`` twin.
+:func:`overcomplete_ista`, and what is between its steps, :func:`residual_norm`, and of the
+language models the loss, :func:`cross_entropy`, each with its ``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back,
 :func:`prepare_for_inference` makes once what a call makes of the weights.
 """
@@ -18,6 +18,8 @@ from . import models, nn, whitebox
 from .backends import Explanation
 from .block.op import crate_block, explain_crate_block
 from .block.reference import crate_block_reference, crate_block_reference_backward
+from .cross_entropy.op import cross_entropy, explain_cross_entropy
+from .cross_entropy.reference import cross_entropy_reference, cross_entropy_reference_backward
 from .decode.op import explain_tied_attention_decode, tied_attention_decode
 from .decode.reference import tied_attention_decode_reference
 from .ista.op import explain_ista, ista
@@ -53,6 +55,9 @@ __all__ = [
     "crate_block",
     "crate_block_reference",
     "crate_block_reference_backward",
+    "cross_entropy",
+    "cross_entropy_reference",
+    "cross_entropy_reference_backward",
     "explain",
     "fuse",
     "ista",
@@ -103,6 +108,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         "patch_embedding": explain_patch_embedding,
         "overcomplete_ista": explain_overcomplete_ista,
         "residual_norm": explain_residual_norm,
+        "cross_entropy": explain_cross_entropy,
     }
     if op not in explainers:
         raise ValueError(f"explain: expected op to be one of {sorted(explainers)}, got {op!r}")

@@ -169,6 +169,14 @@ def test_residual_norm_is_tritons(on_hopper, fresh):
         crate_kernels.residual_norm(**given, backend="cuda")
 
 
+def test_cross_entropy_is_tritons(on_hopper, fresh):
+    given = torch.zeros(5, 64).bfloat16(), torch.zeros(5).long()
+    found = crate_kernels.explain("cross_entropy", *given)
+    assert found.chosen == "triton"
+    assert found.reasons["cuda"] == ("cross_entropy: no CUDA kernels are built for it",)
+    assert crate_kernels.explain("cross_entropy", given[0].double(), given[1]).chosen == "reference"
+
+
 def test_learned_and_signed_thresholds_are_tritons(on_hopper, fresh, monkeypatch):
     x, weight = torch.empty(MANY, 64).bfloat16(), torch.zeros(64, 64).bfloat16()
     lacking = "the CUDA kernels do not have it"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal_results, published_ista, published_mssa
+from helpers import assert_equal_results, calls, published_ista, published_mssa
 
 from crate_kernels import models
 from crate_kernels.models import bert
+from crate_kernels.nn.layers import log_once
 
 SIZE = {"vocab_size": 11, "positions": 12, "dim": 12, "depth": 2, "heads": 3, "dropout": 0.0}
 PAD = 1
@@ -264,8 +267,141 @@ def test_the_decoder_in_whole_steps(vocabulary):
     found = []
     for linear in (F.linear, bert.linear_in_whole_steps):
         given = [t.clone().requires_grad_() for t in leaves]
-        y = linear(*given)
+        y = linear(*given)[..., :vocabulary]
         y.backward(dy)
         found.append([y.detach(), *(t.grad for t in given)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# ---- the norms of a layer, fused
+
+
+def unfused(model):
+    """A hook on the output of each layer: its modules run one by one."""
+    for layer in model.crate["encoder"]["layer"]:
+        layer.output.register_forward_hook(lambda *_: None)
+    return model
+
+
+def loss_and_gradients(model, idx, labels, **options):
+    torch.manual_seed(0)  # of dropout
+    logits, loss = model(idx, labels, **options)
+    model.zero_grad()
+    loss.backward()
+    grads = {f"d{n}": p.grad for n, p in model.named_parameters()}
+    return {"y": logits.detach(), "loss": loss.detach(), **grads}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_fused_and_unfused_layers_agree(dropout):
+    model = tiny(dropout=dropout)
+    idx, labels, mask = tokens()
+    other = unfused(copy.deepcopy(model))
+    found = []
+    for m, expected in ((model, 4), (other, 0)):
+        _, count = calls(lambda idx, m=m: m(idx, lengths=mask.sum(1)), idx)
+        assert count.get("residual_norm", 0) == expected
+        found.append(loss_and_gradients(m, idx, labels, lengths=mask.sum(1)))
+    assert_equal_results(*found, dropout)
+
+
+def test_hooks_and_other_modules_are_not_passed_over(caplog):
+    model, (idx, labels, _) = tiny(), tokens()
+    want = loss_and_gradients(model, idx, labels)
+    layer, seen = model.crate["encoder"]["layer"][0], []
+    attention, projection = layer.attention["self"], layer.attention["output"]
+    for module, fused in (
+        (attention, 2),
+        (attention.prenorm, 2),
+        (projection, 2),
+        (layer.output, 2),
+        (layer.output.prenorm, 2),
+        (layer, 4),
+        (attention.qkv, 4),  # called in any case
+        (projection.dense, 4),
+        (projection.dropout, 4),
+    ):
+        hook = module.register_forward_hook(lambda m, *_: seen.append(m))
+        _, count = calls(model, idx)
+        assert_equal_results(loss_and_gradients(model, idx, labels), want, type(module))
+        hook.remove()
+        assert seen[-1] is module and count["residual_norm"] == fused, type(module)
+    log_once.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "crate_kernels"):
+        attention.prenorm = torch.nn.Sequential(attention.prenorm)
+        for _ in range(2):
+            _, count = calls(model, idx)
+            assert count["residual_norm"] == 2
+    assert [r.message for r in caplog.records] == [
+        "a BERTLayer runs unfused: attention.self.prenorm is Sequential, not LayerNorm"
+    ]
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        _, count = calls(model, idx)
+        assert "residual_norm" not in count
+    finally:
+        hook.remove()
+
+
+def test_layers_of_several_dtypes_run_as_torch_has_them():
+    model, (idx, _, _) = tiny().float(), tokens()
+    for layer in model.crate["encoder"]["layer"]:
+        layer.output.prenorm.double()
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's, of a norm
+        model(idx)
+
+
+def test_fused_layers_keep_the_accuracy_of_autocast():
+    model, (idx, labels, mask) = tiny().float(), tokens()
+    given = (idx, labels)
+    exact = loss_and_gradients(copy.deepcopy(model).double(), *given, lengths=mask.sum(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = loss_and_gradients(model, *given, lengths=mask.sum(1))
+        plain = loss_and_gradients(unfused(copy.deepcopy(model)), *given, lengths=mask.sum(1))
+    assert got["y"].dtype == plain["y"].dtype == torch.bfloat16
+    assert got["loss"].dtype == torch.float32
+    # An ISTA value that rounds to the other side of its threshold outweighs all rounding.
+    for name, want in exact.items():
+        errors = [(t[name].double() - want).abs().median() for t in (got, plain)]
+        assert errors[0] <= 3 * errors[1] + 1e-4, name
+
+
+def test_is_compiled_whole():
+    torch.compiler.reset()
+    model, (idx, labels, mask) = tiny(), tokens()
+    want = model(idx, labels, lengths=mask.sum(1))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = compiled(idx, labels, lengths=mask.sum(1))
+    torch.testing.assert_close(got, want)
+    want[1].backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    got[1].backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads)
+    torch.compiler.reset()
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_padded_product_changes_neither_logits_nor_gradients(monkeypatch, hooked):
+    """As on a GPU: the loss takes the product before it is narrowed, unless a hook would see it."""
+    model, (idx, labels, _) = tiny(), tokens()
+    want = loss_and_gradients(model, idx, labels)
+    monkeypatch.setattr(bert, "needs_whole_steps", lambda x, n: True)
+    shapes = []
+    if hooked:
+        model.lm_head.register_forward_hook(lambda m, args, y: shapes.append(y.shape))
+    assert_equal_results(loss_and_gradients(model, idx, labels), want, hooked)
+    assert shapes == ([(3, 10, 11)] if hooked else [])
+    assert model(idx)[0].shape == (3, 10, 11)
+
+
+def test_another_head_is_called_as_it_is():
+    model, (idx, labels, _) = tiny(), tokens()
+    want = model(idx, labels)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    torch.testing.assert_close(model(idx, labels), want)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from cross_entropies import cross_entropy_inputs
 from helpers import (
     assert_equal_results,
     block_inputs,
@@ -20,7 +21,14 @@ from residuals import FORMS, cast, residual_inputs
 from thresholds import threshold_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from crate_kernels import ista, mssa, overcomplete_ista, residual_norm, tied_attention
+from crate_kernels import (
+    cross_entropy,
+    ista,
+    mssa,
+    overcomplete_ista,
+    residual_norm,
+    tied_attention,
+)
 from crate_kernels.block.op import PARAMETERS
 from crate_kernels.mssa import torch_kernels
 
@@ -202,6 +210,22 @@ def test_opcheck_residual_norm(form, x_dtype, c_dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [None, 7])
+def test_opcheck_cross_entropy(dtype, vocab_size):
+    for rows in ((2, 5), (6,)):
+        logits, labels = cross_entropy_inputs(*rows, v=8)
+        logits, labels = logits.to(dtype), labels.clamp(max=6)
+        rest = (vocab_size, -100, "reference")
+        for given in (logits, torch.cat((logits, logits), -1)[..., :8]):
+            torch.library.opcheck(OPS.cross_entropy, (given, labels, *rest))
+            leaf = given.detach().requires_grad_()
+            torch.library.opcheck(OPS.cross_entropy, (leaf, labels, *rest))
+            loss, count, stats = OPS.cross_entropy(given, labels, *rest)
+            saved = (torch.randn_like(loss), given, labels, stats, count)
+            torch.library.opcheck(OPS.cross_entropy_backward, (*saved, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck_tied_attention_decode(dtype):
     w, cache, lengths = decode_inputs(2, 2, 4, 9, (4, 7))
     given = (w.to(dtype), cache.to(dtype), lengths, 2, 0.5, "reference")
@@ -234,6 +258,8 @@ def test_every_registered_op_is_checked_above():
         for name in (
             "tied_attention",
             "tied_attention_backward",
+            "attention_projected",
+            "attention_projected_backward",
             "tied_attention_masked",
             "tied_attention_masked_backward",
             "tied_attention_decode",
@@ -247,6 +273,8 @@ def test_every_registered_op_is_checked_above():
             "ista_learned_apply",
             "crate_block",
             "crate_block_backward",
+            "cross_entropy",
+            "cross_entropy_backward",
             "overcomplete_ista",
             "overcomplete_ista_backward",
             "patch_embedding",
@@ -269,6 +297,13 @@ def difference_and_norm(**inputs):
     return sum_and_norm(**inputs, scale=-1.0)
 
 
+LABELS = torch.tensor([[3, -100, 0], [6, 2, -100]])
+
+
+def loss_of(logits, **options):
+    return cross_entropy(logits, LABELS, **options)
+
+
 def samples():
     """name: (function, tensors in float64, options)."""
     m = mssa_inputs(*SMALL_MSSA)
@@ -288,6 +323,9 @@ def samples():
         cases[f"residual_norm {form}"] = (sum_and_norm, residual_inputs(2, 6, 8, form=form), {})
     given = residual_inputs(2, 6, 8, form="residual")
     cases["residual_norm minus"] = (difference_and_norm, given, {})
+    logits, _ = cross_entropy_inputs(2, 3, v=8)
+    cases["cross_entropy"] = (loss_of, {"logits": logits}, {})
+    cases["cross_entropy padded"] = (loss_of, {"logits": logits}, {"vocab_size": 7})
     return cases
 
 

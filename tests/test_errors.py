@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import crate_kernels
-from crate_kernels import ista, mssa, overcomplete_ista, residual_norm, tied_attention
+from crate_kernels import (
+    cross_entropy,
+    ista,
+    mssa,
+    overcomplete_ista,
+    residual_norm,
+    tied_attention,
+)
 from crate_kernels.ista import gram_cache
 
 NAN, INF = float("nan"), float("inf")
@@ -177,12 +184,39 @@ RESIDUAL = {
     "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
 }
 
+LOSS = {
+    "no logits": ({"logits": None}, TypeError, "logits to be a torch.Tensor", "NoneType"),
+    "logits a scalar": ({"logits": torch.tensor(1.0)}, ValueError, "shape (..., W)", "()"),
+    "no columns": ({"logits": zeros(2, 5, 0)}, ValueError, "W > 0", "(2, 5, 0)"),
+    "integers": ({"logits": zeros(2, 5, 8).long()}, TypeError, "logits of dtype", "torch.int64"),
+    "labels a list": ({"labels": [1]}, TypeError, "labels to be a torch.Tensor", "list"),
+    "labels of floats": ({"labels": zeros(2, 5)}, TypeError, "int64 or int32", "torch.float32"),
+    "labels of another shape": (
+        {"labels": zeros(5, 2).long()},
+        ValueError,
+        "labels of shape (2, 5)",
+        "(5, 2)",
+    ),
+    "labels elsewhere": (
+        {"labels": zeros(2, 5, device="meta").long()},
+        ValueError,
+        "labels on the device of logits",
+        "meta",
+    ),
+    "no word": ({"vocab_size": 0}, ValueError, "vocab_size from 1 to W = 8", "0"),
+    "more words than columns": ({"vocab_size": 9}, ValueError, "from 1 to W = 8", "9"),
+    "vocab_size a float": ({"vocab_size": 8.0}, TypeError, "vocab_size to be an int", "float"),
+    "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index to be an int", "NoneT"),
+    "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
+}
+
 TABLES = {
     "mssa": (mssa, MSSA),
     "tied_attention": (tied_attention, CORE),
     "ista": (ista, ISTA),
     "overcomplete_ista": (overcomplete_ista, OVERCOMPLETE),
     "residual_norm": (residual_norm, RESIDUAL),
+    "cross_entropy": (cross_entropy, LOSS),
 }
 
 
@@ -195,6 +229,8 @@ def working_call(op):
     if op == "residual_norm":
         weight, bias, scale = torch.randn(3, 8)
         return {"x": x, "weight": weight, "bias": bias, "y": torch.randn(2, 5, 8), "scale": scale}
+    if op == "cross_entropy":
+        return {"logits": x, "labels": torch.randint(8, (2, 5))}
     return {"w": x, "heads": 2} if op == "tied_attention" else {"x": x, "weight": torch.eye(8)}
 
 
@@ -229,7 +265,7 @@ def test_the_calls_work_without_the_change():
     for op, (function, _) in TABLES.items():
         results = function(**working_call(op))
         for t in results if op == "residual_norm" else (results,):
-            assert t.shape == (2, 5, 8)
+            assert t.shape == (() if op == "cross_entropy" else (2, 5, 8))
         assert crate_kernels.explain(op, **working_call(op)).op == op
 
 

@@ -16,6 +16,7 @@ from compile_only import builds_for, transposed_accumulators
 
 from crate_kernels import backends
 from crate_kernels.block import triton_kernels as block_kernels
+from crate_kernels.cross_entropy import triton_kernels as cross_entropy_kernels
 from crate_kernels.decode import triton_kernels as decode_kernels
 from crate_kernels.ista import triton_kernels as ista_kernels
 from crate_kernels.ista.learned import triton_kernels as learned_kernels
@@ -120,6 +121,13 @@ def launch_residual_norm(x_dtype, dtype, d):
         for dz in (None, z):
             given = (dz, h, z, stats, gamma, kept, added[1])
             residual_kernels.backward(*given, x_dtype, y_dtype, factor)
+
+
+def launch_cross_entropy(dtype, v, width, stride, label_dtype, ignore_index):
+    logits = meta(300, stride, dtype=dtype)[:, :width]
+    labels = meta(300, dtype=label_dtype)
+    loss, count, stats = cross_entropy_kernels.forward(logits, labels, v, ignore_index)
+    cross_entropy_kernels.backward(loss, logits, labels, stats, count, v, ignore_index)
 
 
 def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):
@@ -260,6 +268,26 @@ def test_residual_norm_builds(capability, x_dtype, dtype):
         "normalise_backward_kernel",
         "sum_partials_kernel",
     }
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cross_entropy_builds(capability, dtype):
+    shapes = [(50304, 50304, 50304), (50265, 50272, 50272), (50265, 50265, 50272), (7, 7, 7)]
+    with builds_for(capability) as builds:
+        for shape in shapes:
+            launch_cross_entropy(dtype, *shape, torch.int64, -100)
+        launch_cross_entropy(dtype, 1, 1, 1, torch.int32, 1)
+    check(builds, capability)
+    assert {build.name for build in builds} == {
+        "cross_entropy_forward_kernel",
+        "cross_entropy_backward_kernel",
+    }
+    for build in builds:  # 16 bytes a load, and a thread keeps to its own columns
+        if build.metadata.num_warps == 8:
+            assert re.search(r"ld\.global\S*\.v4\.b32", build.asm["ptx"])
+        loop = re.search(r"scf.for .*?\n    }", build.asm["ttgir"], re.DOTALL)
+        assert loop is None or "convert_layout" not in loop[0]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..library import autocast_dtype
-from ..models.bert import ALL, BERTOutput, BERTSelfAttention, Seen
+from ..models import bert, gpt
+from ..models.bert import ALL, CRATEBERT, BERTLayer, BERTOutput, BERTSelfAttention, Seen
 from ..models.crate import PreNorm, Transformer
-from ..models.gpt import CausalBlock
+from ..models.gpt import CRATEGPT, CausalBlock
 from ..models.mae import MAEEncoderBlock
 from . import masks
 from .workloads import MODELS, Workload
@@ -336,12 +337,48 @@ def _text(form: str, w: Workload, model: nn.Module) -> nn.Module:
             module.__class__ = PublishedCausalBlock
             published.narrow = form == NARROW
             published.attention = published_attention if plain else _sdpa(form, w)
+        if isinstance(module, BERTLayer):
+            module.__class__ = PublishedBERTLayer
         if isinstance(module, BERTSelfAttention):
             module.__class__ = PublishedBERTAttention
             published.form = form
         if isinstance(module, BERTOutput):
             module.__class__ = PublishedBERTOutput
+            published.narrow = form == NARROW
+        if isinstance(module, CRATEGPT):
+            module.__class__ = PublishedGPT
+        if isinstance(module, CRATEBERT):
+            module.__class__ = PublishedBERT
     return model
+
+
+def _narrow_if(narrow: bool, t: Tensor) -> Tensor:
+    return t.to(autocast_dtype(t)) if narrow else t
+
+
+class PublishedGPT(CRATEGPT):
+    """CRATE-GPT with torch's loss."""
+
+    def _with_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits(x)
+        flat = logits.flatten(0, 1)
+        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=gpt.IGNORED)
+
+
+class PublishedBERT(CRATEBERT):
+    """CRATE-BERT with torch's loss."""
+
+    def _with_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm_head(x)
+        flat = logits.flatten(0, 1)
+        return logits, F.cross_entropy(flat, labels.flatten(), ignore_index=bert.IGNORED)
+
+
+class PublishedBERTLayer(BERTLayer):
+    """A layer of CRATE-BERT with torch's norms and addition."""
+
+    def forward(self, x: Tensor, seen: Seen = ALL) -> Tensor:
+        return self._module_by_module(x, seen)
 
 
 class PublishedBERTAttention(BERTSelfAttention):
@@ -350,7 +387,8 @@ class PublishedBERTAttention(BERTSelfAttention):
     form: str
 
     def forward(self, x: Tensor, seen: Seen = ALL) -> Tensor:
-        w = self.qkv(self.prenorm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        h = _narrow_if(self.form == NARROW, self.prenorm(x))
+        w = self.qkv(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         assert seen.lengths is not None
         mask = torch.arange(x.shape[1], device=x.device) < seen.lengths[:, None]
         mask = mask[:, None, None]
@@ -364,10 +402,13 @@ class PublishedBERTAttention(BERTSelfAttention):
 
 
 class PublishedBERTOutput(BERTOutput):
-    """The ISTA step of CRATE-BERT as published."""
+    """The ISTA step of CRATE-BERT as published; ``narrow``: its tokens in autocast's dtype."""
+
+    narrow: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        return published_ista(self.prenorm(x), self.weight)
+        u = _narrow_if(self.narrow, self.prenorm(x))
+        return _narrow_if(self.narrow, published_ista(u, self.weight))
 
 
 class PublishedCausalBlock(CausalBlock):
@@ -383,7 +424,7 @@ class PublishedCausalBlock(CausalBlock):
         return self._kept(published_ista(u, self.ista.weight))
 
     def _kept(self, t: Tensor) -> Tensor:
-        return t.to(autocast_dtype(t)) if self.narrow else t
+        return _narrow_if(self.narrow, t)
 
 
 class SDPAAttention(nn.Module):

@@ -1,8 +1,8 @@
 """CRATE-BERT, the published masked language model of CRATE, with its keys and arithmetic.
 
 Published as a port to transformers (models/crate): RoBERTa's embeddings and head, layers of CRATE
-between them, on this library's ops. Attention runs in plain PyTorch where an attention_mask hides
-tokens anywhere, and where dropout is active on the CPU.
+between them, on this library's ops, the loss too. Attention runs in plain PyTorch where an
+attention_mask hides tokens anywhere, and where dropout is active on the CPU.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..checks import check_heads, refuse
+from ..cross_entropy.op import cross_entropy
 from ..ista.op import ista
-from ..library import autocast_dtype
+from ..library import autocast_dtype, autocast_is_on
 from ..mssa.op import tied_attention
 from ..mssa.reference import merge_heads, split_heads
+from ..nn.layers import has_hooks, is_called_plainly, log_once
+from ..residual_norm.op import residual_norm
 
 IGNORED = -100  # a label that counts for nothing
 ALIGNED = 8  # elements: 16 bytes in half precision
@@ -59,8 +63,11 @@ class BERTSelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, dim, bias=False, **factory)
 
     def forward(self, x: Tensor, seen: Seen = ALL) -> Tensor:
+        return self.of_normed(self.prenorm(x), seen)
+
+    def of_normed(self, h: Tensor, seen: Seen) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return attend(self.qkv(self.prenorm(x)), self.heads, seen, dropout)
+        return attend(self.qkv(h), self.heads, seen, dropout)
 
 
 class BERTSelfOutput(nn.Module):
@@ -72,7 +79,11 @@ class BERTSelfOutput(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.dropout(self.dense(o)) + x
+        return self.projected(o) + x
+
+    def projected(self, o: Tensor) -> Tensor:
+        p: Tensor = self.dropout(self.dense(o))
+        return p
 
 
 class BERTOutput(nn.Module):
@@ -86,11 +97,19 @@ class BERTOutput(nn.Module):
         self.prenorm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ista(self.prenorm(x), self.weight, step_size=self.step_size, lambd=self.lambd)
+        return self.of_normed(self.prenorm(x))
+
+    def of_normed(self, u: Tensor) -> Tensor:
+        return ista(u, self.weight, step_size=self.step_size, lambd=self.lambd)
 
 
 class BERTLayer(nn.Module):
     """``x = x + MSSA(LN(x))``, ``x = ISTA(LN(x))``; x is (B, T, dim).
+
+    The norms and the addition are :func:`crate_kernels.residual_norm`, or its modules run one by
+    one where that would pass over something: a hook on all modules or on one that it does not call,
+    one of another class, norms and x of several dtypes without autocast. The log names each such
+    reason once. The projections and the dropout behind the second are called in any case.
 
     Keys: ``attention.self.*``, ``attention.output.*``, ``output.*``.
     """
@@ -108,8 +127,51 @@ class BERTLayer(nn.Module):
         self.output = BERTOutput(dim, step_size, lambd, **factory)
 
     def forward(self, x: Tensor, seen: Seen = ALL) -> Tensor:
+        """x (B, T, dim) -> the same, in autocast's dtype where the norms are fused."""
+        reason = self._reason_against_fused_norms(x)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                log_once(f"a BERTLayer runs unfused: {reason}")
+            return self._module_by_module(x, seen)
+        attention: Any = self.attention["self"]
+        projection: Any = self.attention["output"]
+        norm = attention.prenorm
+        x, h = residual_norm(x, norm.weight, norm.bias, eps=norm.eps)
+        p = projection.projected(attention.of_normed(h, seen))
+        norm = self.output.prenorm
+        _, u = residual_norm(x, norm.weight, norm.bias, p, eps=norm.eps)
+        return self.output.of_normed(u)
+
+    def _module_by_module(self, x: Tensor, seen: Seen) -> Tensor:
         o = self.attention["self"](x, seen)
         return self.output(self.attention["output"](o, x))
+
+    def _reason_against_fused_norms(self, x: Tensor) -> str | None:
+        """Why the modules must run one by one (on x) right now; None if they need not."""
+        if _has_any_global_hook():
+            return "hooks on all modules are registered"
+        attention: Any = self.attention["self"]
+        norms: Any = (attention._modules.get("prenorm"), self.output._modules.get("prenorm"))
+        for name, module, kind in (
+            ("attention.self", attention, BERTSelfAttention),
+            ("attention.self.prenorm", norms[0], nn.LayerNorm),
+            ("attention.output", self.attention["output"], BERTSelfOutput),
+            ("output", self.output, BERTOutput),
+            ("output.prenorm", norms[1], nn.LayerNorm),
+        ):
+            if type(module) is not kind:
+                return f"{name} is {type(module).__name__}, not {kind.__name__}"
+            if has_hooks(module) or "forward" in module.__dict__:
+                return f"{name} has hooks or a replaced forward"
+        for norm in norms:
+            if norm.weight is None or norm.bias is None or norm.eps <= 0:
+                return "a norm has no weight, no bias or an eps of 0"
+            if norm.weight.shape != x.shape[-1:]:
+                return "a norm is not over the last dimension alone"
+        dtypes = {x.dtype, *(t.dtype for norm in norms for t in (norm.weight, norm.bias))}
+        if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(x.device.type)):
+            return f"x and its norms are of {len(dtypes)} dtypes that autocast does not unite"
+        return None
 
 
 class BERTEmbeddings(nn.Module):
@@ -158,11 +220,18 @@ class BERTHead(nn.Module):
         self.decoder = nn.Linear(dim, vocab_size, **factory)
         self.bias = self.decoder.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        """x (..., dim) -> logits (..., vocab_size), or with ``padded`` those in whole steps."""
         x = self.layer_norm(F.gelu(self.dense(x)))
-        if x.is_cuda and len(self.decoder.weight) % ALIGNED:
-            return linear_in_whole_steps(x, self.decoder.weight, self.decoder.bias)
+        n = len(self.decoder.weight)
+        if needs_whole_steps(x, n):
+            logits = linear_in_whole_steps(x, self.decoder.weight, self.decoder.bias)
+            return logits if padded else logits[..., :n]
         return self.decoder(x)
+
+
+def needs_whole_steps(x: Tensor, n: int) -> bool:
+    return x.is_cuda and n % ALIGNED != 0
 
 
 def linear_in_whole_steps(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -171,10 +240,9 @@ def linear_in_whole_steps(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     With rows at odd addresses, as RoBERTa's vocabulary has logits, cuBLAS takes five to eight times
     as long for the product and for its gradients.
     """
-    n = len(weight)
-    rows = (0, -n % ALIGNED)
+    rows = (0, -len(weight) % ALIGNED)
     weight = weight.to(autocast_dtype(weight))
-    return F.linear(x, F.pad(weight, (0, 0, *rows)), F.pad(bias, rows))[..., :n]
+    return F.linear(x, F.pad(weight, (0, 0, *rows)), F.pad(bias, rows))
 
 
 class CRATEBERT(nn.Module):
@@ -261,11 +329,19 @@ class CRATEBERT(nn.Module):
         x = parts["embeddings"](idx, token_types)
         for layer in parts["encoder"]["layer"]:
             x = layer(x, seen)
-        logits = self.lm_head(x)
         if labels is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        return logits, loss
+            return self.lm_head(x), None
+        return self._with_loss(x, labels)
+
+    def _with_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        head: Any = self.lm_head
+        if type(head) is not BERTHead or not is_called_plainly(head):
+            logits = head(x)
+            return logits, cross_entropy(logits, labels, ignore_index=IGNORED)
+        # Not narrowed before the loss: that gradient would be copied into a wider one.
+        logits, n = head(x, padded=True), len(head.decoder.weight)
+        loss = cross_entropy(logits, labels, ignore_index=IGNORED, vocab_size=n)
+        return (logits if logits.shape[-1] == n else logits[..., :n]), loss
 
 
 def _seen(idx: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Seen:

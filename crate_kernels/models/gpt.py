@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..block.op import crate_block
 from ..checks import check_heads, check_number, refuse
+from ..cross_entropy.op import cross_entropy
 from ..decode.op import tied_attention_decode
 from ..library import autocast_dtype, autocast_is_on
 from ..mssa.op import tied_attention
@@ -236,7 +236,8 @@ class CRATEGPT(nn.Module):
         """Tokens (B, T), integers -> logits and loss.
 
         With ``targets`` (B, T), where -1 counts for nothing: logits (B, T, vocab_size) and their
-        mean cross-entropy in nats. Without: those of the last token (B, 1, vocab_size), and None.
+        mean cross-entropy in nats, on :func:`crate_kernels.cross_entropy`. Without: those of the
+        last token (B, 1, vocab_size), and None.
         """
         self._check_tokens(idx)
         parts: Any = self.transformer
@@ -245,9 +246,11 @@ class CRATEGPT(nn.Module):
             x = block(x)
         if targets is None:
             return self._logits(x[:, -1:]), None
+        return self._with_loss(x, targets)
+
+    def _with_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._logits(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        return logits, loss
+        return logits, cross_entropy(logits, targets, ignore_index=IGNORED)
 
     def _logits(self, x: Tensor) -> Tensor:
         parts: Any = self.transformer

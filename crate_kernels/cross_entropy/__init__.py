@@ -1,0 +1,1 @@
+"""Cross-entropy: reference.py (the maths), op.py (the public function), *_kernels.py (backends)."""
