@@ -22,7 +22,7 @@ logger = logging.getLogger("crate_kernels")
 
 # In order of preference under "auto".
 BACKENDS = ("cuda", "triton", "reference")
-# Replaces backend="auto" everywhere: "auto", or one of BACKENDS.
+# Replaces backend="auto" everywhere: "auto", or one of BACKENDS ("cuda" where csrc/ has the op).
 BACKEND_VARIABLE = "CRATE_KERNELS_BACKEND"
 
 ISTA_OPS = ("ista", "overcomplete_ista")
@@ -96,6 +96,8 @@ def choose(
     """The backend to run: ``backend`` itself if it fits, or the best that does for "auto"."""
     if backend == "auto":
         backend = os.environ.get(BACKEND_VARIABLE, "auto")
+        if backend == "cuda" and op in WITHOUT_CUDA:  # ops that layers call of themselves, too
+            backend = "auto"
     if backend not in ("auto", *BACKENDS):
         raise ValueError(
             f"{op}: expected backend to be one of {('auto', *BACKENDS)}, got {backend!r}"

@@ -114,7 +114,7 @@ inline constexpr int kMostNormedColumns = 1024;
 // out = act(rstd e (a W^T - mean s) + f + c), for few rows. With s, mean and rstd are those of the
 // rows of a, which the kernel finds itself; without, and without e, f or c, they are 0 and 1. act
 // takes the threshold off and clips at 0, or nothing. n and k are multiples of 8. The weight, e, s
-// and f are read before the kernel ahead ends: it must not write them.
+// and f are read before the kernel ahead ends: they must be there before it lets others start.
 struct FewRows {
     const void* a;        // (rows, k), float16 or bfloat16
     const void* weight;   // W: (n, k), as a

@@ -54,7 +54,7 @@ def test_autocast_gives_the_dtypes_of_the_convolution():
 
 def test_other_images_go_the_way_of_the_convolution():
     conv = convolution()
-    for shape in ((1, 3, 9, 4), (3, 8, 4)):
+    for shape in ((1, 3, 9, 4), (3, 8, 4), (0, 3, 8, 4)):
         img = torch.randn(shape, dtype=torch.float64)
         assert torch.equal(swapped(conv)(img), conv(img))
     with pytest.raises(RuntimeError, match="channels"):

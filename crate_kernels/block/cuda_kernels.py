@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import cuda_extension
 from ..cuda_extension import readable
 from ..library import on_device_of, stream_of
+from ..mssa import cuda_kernels as mssa
 from . import triton_kernels
 
 normalise = triton_kernels.normalise
@@ -84,10 +85,34 @@ def normalise_backward(
 MOST_FEW_ROWS, MOST_FEW_COLUMNS = 400, 768
 
 
-def takes_few(rows: int, d: int, inner: int) -> bool:
-    """Whether :func:`few_rows` serves, and is the faster way."""
-    fits = d % 8 == 0 and inner % 8 == 0
-    return fits and 0 < rows <= MOST_FEW_ROWS and max(d, inner) <= MOST_FEW_COLUMNS
+def takes_few(x: Tensor, w_qkv: Tensor) -> bool:
+    """Whether :func:`forward_of_few` serves, and is the faster way."""
+    inner, d = w_qkv.shape
+    fits = d % 8 == inner % 8 == 0 and max(d, inner) <= MOST_FEW_COLUMNS
+    return fits and 0 < x.numel() // d <= MOST_FEW_ROWS
+
+
+def forward_of_few(
+    x: Tensor,
+    folded_qkv: list[Tensor],
+    w_out: Tensor,
+    b_out: Tensor | None,
+    folded_gram: list[Tensor],
+    heads: int,
+    scale: float,
+    causal: bool,
+    eps: float,
+    threshold: float,
+) -> Tensor:
+    """A layer of few rows by four kernels, each of which starts before the one ahead of it ends."""
+    # Copies, where there are any, are made before the first: few_rows reads weights early.
+    w_out, bias = readable(w_out), None if b_out is None else readable(b_out.float())
+    u, sums, shift = folded_qkv
+    w = few_rows(x, u, sums=sums, shift=shift, eps=eps)
+    o, _ = mssa.forward(w, heads, scale, causal)
+    z = few_rows(o, w_out, shift=bias, c=x)
+    g, scales, sums, shift = folded_gram
+    return few_rows(z, g, scales=scales, sums=sums, shift=shift, eps=eps, threshold=threshold)
 
 
 def few_rows(
@@ -104,8 +129,10 @@ def few_rows(
     """act(rstd scales (a weight^T - mean sums) + shift + c); with sums, mean and rstd are those of
     the rows of a; with a threshold, act is relu(. - threshold).
 
-    The weight, scales, sums and shift are read before the kernel ahead ends: they must have been
-    there before, and be as :func:`readable` gives them, float32 but for the weight.
+    The weight, scales, sums and shift are read before the kernel ahead ends: what made them must
+    have ended before that one starts to let others start (any kernel of forward_of_few waits for
+    the ones ahead of it first). They are as :func:`readable` gives them, float32 but for the
+    weight.
     """
     n, k = weight.shape
     out = a.new_empty(*a.shape[:-1], n)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_heads, check_number, check_tensors, refuse
-from ..cuda_extension import moments_shape, readable
+from ..cuda_extension import moments_shape
 from ..ista.gram_cache import cached_gram
 from ..ista.op import _kernels as _ista_kernels
 from ..library import autocast_dtype, define, define_gradient, outlives_the_call, sum_over_tokens
@@ -349,19 +349,11 @@ def _forward(
     def empty(dtype: torch.dtype = dtype) -> Tensor:
         return x.new_empty(0, dtype=dtype)
 
-    sizes = x.numel() // max(1, x.shape[-1]), x.shape[-1], w_qkv.shape[0]
     by_few = attention == "cuda" and dictionary != "cuda" and x.dtype == dtype
     by_few = by_few and memory == "none" and bool(folded_qkv and folded_gram)
-    if by_few and w_out is not None and w_out.dtype == dtype and rows.takes_few(*sizes):
-        # Copies, where there are any, are made ahead of the attention: few_rows reads them early.
-        w_out, bias = readable(w_out), None if b_out is None else readable(b_out.float())
-        w = rows.few_rows(x, folded_qkv[0], sums=folded_qkv[1], shift=folded_qkv[2], eps=eps)
-        o, _ = _attention_kernels(attention).forward(w, heads, scale, causal)
-        z = rows.few_rows(o, w_out, shift=bias, c=x)
-        weight, scales, sums, shift = folded_gram
-        y = rows.few_rows(
-            z, weight, scales=scales, sums=sums, shift=shift, eps=eps, threshold=step_size * lambd
-        )
+    if by_few and w_out is not None and w_out.dtype == dtype and rows.takes_few(x, w_qkv):
+        options = (heads, scale, causal, eps, step_size * lambd)
+        y = rows.forward_of_few(x, folded_qkv, w_out, b_out, folded_gram, *options)
         return y, empty(torch.float32), *(empty() for _ in range(10))
     if memory != "none":  # the weights may change before the next call
         gram, folded_qkv, folded_gram = None, [], []

@@ -335,6 +335,7 @@ class CRATEBERT(nn.Module):
 
     def _with_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         head: Any = self.lm_head
+        labels = labels.view(x.shape[:-1])
         if type(head) is not BERTHead or not is_called_plainly(head):
             logits = head(x)
             return logits, cross_entropy(logits, labels, ignore_index=IGNORED)

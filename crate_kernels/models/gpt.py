@@ -250,7 +250,7 @@ class CRATEGPT(nn.Module):
 
     def _with_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._logits(x)
-        return logits, cross_entropy(logits, targets, ignore_index=IGNORED)
+        return logits, cross_entropy(logits, targets.view(logits.shape[:-1]), ignore_index=IGNORED)
 
     def _logits(self, x: Tensor) -> Tensor:
         parts: Any = self.transformer

@@ -213,7 +213,8 @@ def unfuse(model: nn.Module) -> Report:
     """Give every layer that :func:`fuse` swapped its own class back, in place.
 
     Those built as :class:`MSSA`, :class:`ISTA`, :class:`OvercompleteISTA`, :class:`Encoder`,
-    :class:`AlphaEncoder` or :class:`Decoder` had no other and are reported as skipped.
+    :class:`AlphaEncoder`, :class:`Decoder`, :class:`PatchEmbedding` or :class:`PatchProjection`
+    had no other and are reported as skipped.
 
     Raises:
         TypeError: model is not a torch.nn.Module.

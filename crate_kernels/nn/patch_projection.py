@@ -19,8 +19,9 @@ class PatchProjection(nn.Conv2d):
     pass. On the CPU, and for images that are no whole number of patches, the convolution's own
     forward.
 
-    Returns (B, D, H / p, W / p) as Conv2d does, by a view of tokens (B, n, D): what flattens and
-    transposes it gets these, contiguous.
+    Returns (B, D, H / p, W / p) as Conv2d does, but in the strides of tokens (B, n, D): what
+    flattens and transposes it gets these, contiguous. In float32 the GEMM is as
+    ``torch.get_float32_matmul_precision()`` says, not as cuDNN's convolutions are told.
 
     Keys: as of the convolution. :func:`crate_kernels.fuse` makes one of the module that is there.
     """
@@ -28,7 +29,8 @@ class PatchProjection(nn.Conv2d):
     def forward(self, img: Tensor) -> Tensor:
         ph, pw = self.kernel_size
         whole = img.dim() == 4 and img.shape[2] % ph == 0 and img.shape[3] % pw == 0
-        if not (whole and img.is_cuda and img.shape[1] == self.in_channels):
+        fits = whole and img.is_floating_point() and 0 not in img.shape[1:]
+        if not (fits and img.is_cuda and img.shape[1] == self.in_channels):
             return super().forward(img)
         return self.project(img)
 

@@ -220,9 +220,9 @@ void launch(const FewRows& args, cudaStream_t stream) {
 void few_rows(const FewRows& args, cudaStream_t stream) {
     if (args.rows < 1 || args.n < 8 || args.n % 8 != 0 || args.k < 8 || args.k % 8 != 0 ||
         args.k > kMostFewRowsDepth || args.dtype == Dtype::kFloat32) {
-        throw std::invalid_argument("few_rows: expected rows, n and k multiples of 8, k up to " +
-                                    std::to_string(kMostFewRowsDepth) +
-                                    ", and float16 or bfloat16");
+        throw std::invalid_argument(
+            "few_rows: expected rows > 0, n and k positive multiples of 8, k up to " +
+            std::to_string(kMostFewRowsDepth) + ", and float16 or bfloat16");
     }
     args.dtype == Dtype::kFloat16 ? launch<__half>(args, stream)
                                   : launch<__nv_bfloat16>(args, stream);

@@ -63,7 +63,7 @@ __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The kernel before in the stream has ended and what it wrote is here; see launch_early.
+// The kernel before in the stream has ended and what it wrote is here; see launch (tensor_map.h).
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
