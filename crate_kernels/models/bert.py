@@ -18,10 +18,15 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..checks import check_heads, refuse
 from ..cross_entropy.op import cross_entropy
 from ..ista.op import ista
-from ..library import autocast_dtype, autocast_is_on
+from ..library import autocast_dtype
 from ..mssa.op import tied_attention
 from ..mssa.reference import merge_heads, split_heads
-from ..nn.layers import has_hooks, is_called_plainly, log_once
+from ..nn.layers import (
+    is_called_plainly,
+    log_once,
+    reason_against_dtypes,
+    reason_against_modules,
+)
 from ..residual_norm.op import residual_norm
 
 IGNORED = -100  # a label that counts for nothing
@@ -152,26 +157,22 @@ class BERTLayer(nn.Module):
             return "hooks on all modules are registered"
         attention: Any = self.attention["self"]
         norms: Any = (attention._modules.get("prenorm"), self.output._modules.get("prenorm"))
-        for name, module, kind in (
+        named: Any = (
             ("attention.self", attention, BERTSelfAttention),
             ("attention.self.prenorm", norms[0], nn.LayerNorm),
             ("attention.output", self.attention["output"], BERTSelfOutput),
             ("output", self.output, BERTOutput),
             ("output.prenorm", norms[1], nn.LayerNorm),
-        ):
-            if type(module) is not kind:
-                return f"{name} is {type(module).__name__}, not {kind.__name__}"
-            if has_hooks(module) or "forward" in module.__dict__:
-                return f"{name} has hooks or a replaced forward"
+        )
+        reason = reason_against_modules(named)
+        if reason is not None:
+            return reason
         for norm in norms:
             if norm.weight is None or norm.bias is None or norm.eps <= 0:
                 return "a norm has no weight, no bias or an eps of 0"
             if norm.weight.shape != x.shape[-1:]:
                 return "a norm is not over the last dimension alone"
-        dtypes = {x.dtype, *(t.dtype for norm in norms for t in (norm.weight, norm.bias))}
-        if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(x.device.type)):
-            return f"x and its norms are of {len(dtypes)} dtypes that autocast does not unite"
-        return None
+        return reason_against_dtypes(x, *(t for norm in norms for t in (norm.weight, norm.bias)))
 
 
 class BERTEmbeddings(nn.Module):

@@ -15,9 +15,9 @@ from ..block.op import crate_block
 from ..checks import check_heads, check_number, refuse
 from ..cross_entropy.op import cross_entropy
 from ..decode.op import tied_attention_decode
-from ..library import autocast_dtype, autocast_is_on
+from ..library import autocast_dtype
 from ..mssa.op import tied_attention
-from ..nn.layers import ISTA, has_hooks, log_once
+from ..nn.layers import ISTA, log_once, reason_against_dtypes, reason_against_modules
 
 IGNORED = -1  # a target that counts for nothing
 
@@ -144,18 +144,17 @@ class CausalBlock(nn.Module):
         if _has_any_global_hook():
             return "hooks on all modules are registered"
         attn: Any = self.attn
-        for name, module, kind in (
+        named: Any = (
             ("prenorm_1", self.prenorm_1, nn.LayerNorm),
             ("attn", attn, CausalMSSA),
             ("attn.c_attn", attn._modules.get("c_attn"), nn.Linear),
             ("attn.c_proj", attn._modules.get("c_proj"), nn.Linear),
             ("prenorm_2", self.prenorm_2, nn.LayerNorm),
             ("ista", self.ista, ISTA),
-        ):
-            if type(module) is not kind:
-                return f"{name} is {type(module).__name__}, not {kind.__name__}"
-            if has_hooks(module) or "forward" in module.__dict__:
-                return f"{name} has hooks or a replaced forward"
+        )
+        reason = reason_against_modules(named)
+        if reason is not None:
+            return reason
         if any(isinstance(t, Tensor) for t in (self.ista.step_size, self.ista.lambd)):
             return "the step size or lambda of ista is a tensor"
         if attn.c_attn.bias is not None or self.prenorm_1.eps != self.prenorm_2.eps:
@@ -163,10 +162,7 @@ class CausalBlock(nn.Module):
         parameters = self._in_order()
         if any(t is None for t in parameters):
             return "a norm or c_proj has no bias"
-        dtypes = {x.dtype, *(t.dtype for t in parameters)}
-        if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(x.device.type)):
-            return f"x and its parameters are of {len(dtypes)} dtypes that autocast does not unite"
-        return None
+        return reason_against_dtypes(x, *parameters)
 
 
 class CRATEGPT(nn.Module):

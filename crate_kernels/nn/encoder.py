@@ -16,7 +16,15 @@ from ..checks import refuse
 from ..library import autocast_dtype, autocast_is_on
 from .encoder_recognition import published_forward, reason_against_step
 from .inference import Constants, layer_constants
-from .layers import ISTA, MSSA, dropout_reason, has_hooks, log_once, unfused_reason
+from .layers import (
+    ISTA,
+    MSSA,
+    dropout_reason,
+    has_hooks,
+    log_once,
+    reason_against_dtypes,
+    unfused_reason,
+)
 from .recognition import Verdicts
 
 Observer = Callable[["Layers", int, Tensor, Tensor], None]
@@ -231,10 +239,7 @@ def unfused_block_reason(
     reason = unfused_reason(attn.fn) or dropout_reason(attn.fn)
     if reason is not None or x is None:
         return reason
-    dtypes = {t.dtype for t in (x, *_parameters(attn, ff)) if t is not None}
-    if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(x.device.type)):
-        return f"x and its parameters are of {len(dtypes)} dtypes that autocast does not unite"
-    return None
+    return reason_against_dtypes(x, *_parameters(attn, ff))
 
 
 def step_reason(

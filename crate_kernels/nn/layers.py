@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends import explain
 from ..checks import check_heads, check_number, refuse
 from ..ista.op import ista
-from ..library import autocast_dtype
+from ..library import autocast_dtype, autocast_is_on
 from ..mssa.op import mssa
 from ..overcomplete_ista.op import MEMORY, overcomplete_ista
 
@@ -389,6 +390,24 @@ def has_hooks(module: nn.Module) -> bool:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling it comes to its class's forward and nothing else."""
     return not (has_hooks(module) or _has_any_global_hook() or "forward" in module.__dict__)
+
+
+def reason_against_modules(named: Iterable[tuple[str, Any, type[nn.Module]]]) -> str | None:
+    """Why one of the modules is not plainly what it should be: another class, hooks, a forward."""
+    for name, module, kind in named:
+        if type(module) is not kind:
+            return f"{name} is {type(module).__name__}, not {kind.__name__}"
+        if has_hooks(module) or "forward" in module.__dict__:
+            return f"{name} has hooks or a replaced forward"
+    return None
+
+
+def reason_against_dtypes(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why an op cannot take them where modules, one by one, might; None if it can."""
+    dtypes = {t.dtype for t in (x, *parameters) if t is not None}
+    if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(x.device.type)):
+        return f"x and its parameters are of {len(dtypes)} dtypes that autocast does not unite"
+    return None
 
 
 def _check_number_or_parameter(owner: str, name: str, value: Any, dim: int) -> None:

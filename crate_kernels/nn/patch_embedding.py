@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..library import autocast_dtype, autocast_is_on
 from ..patch_embedding.op import patch_embedding
 from ..patch_embedding.reference import patches_of
-from .layers import _not_plain, has_hooks, log_once
+from .layers import _not_plain, has_hooks, log_once, reason_against_dtypes
 from .recognition import same, waves
 
 
@@ -102,10 +102,7 @@ class PatchEmbedding(nn.Sequential):
         ph, pw = self.patch_size
         if img.dim() != 4 or img.shape[2] % ph or img.shape[3] % pw or 0 in img.shape[1:]:
             return f"images of shape {tuple(img.shape)}"  # which the children refuse
-        dtypes = {t.dtype for t in (img, *_parameters(norm1, project, norm2))}
-        if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(img.device.type)):
-            return f"images and parameters are of {len(dtypes)} dtypes that autocast does not unite"
-        return None
+        return reason_against_dtypes(img, *_parameters(norm1, project, norm2))
 
 
 def _parameters(norm1: Any, project: Any, norm2: Any) -> tuple[Any, ...]:

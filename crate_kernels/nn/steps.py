@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..library import autocast_is_on
 from ..residual_norm.op import residual_norm
 from .encoder import Layers, step_reason
-from .layers import MSSA, AlphaStep, log_once, unfused_reason
+from .layers import MSSA, AlphaStep, log_once, reason_against_dtypes, unfused_reason
 
 Kinds = tuple[type[nn.Module], ...]
 _SCALE = frozenset({"layer_scale"})
@@ -86,7 +85,4 @@ def unfused_step_reason(
         if scale is not None and scale.shape != norm.weight.shape:
             return f"the layer_scale of its {side} step is not of shape (D,)"
     given = [t for t in stream if isinstance(t, Tensor)]
-    dtypes = {t.dtype for t in (*given, norm.weight, norm.bias)} if given else set()
-    if len(dtypes) > 1 and (torch.float64 in dtypes or not autocast_is_on(given[0].device.type)):
-        return f"x and its parameters are of {len(dtypes)} dtypes that autocast does not unite"
-    return None
+    return reason_against_dtypes(*given, norm.weight, norm.bias) if given else None
