@@ -92,6 +92,11 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
     return t.dtype
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: what sums and statistics are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def autocast_is_on(device_type: str) -> bool:
     """torch.is_autocast_enabled, which does not know meta."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
@@ -130,5 +135,5 @@ def sum_over_tokens(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return a.mT @ b
     if a.is_cuda and dtype == torch.float32:
         return torch.mm(a.mT, b, out_dtype=dtype)
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = wide_dtype(a.dtype)
     return (a.to(wide).mT @ b.to(wide)).to(dtype)

@@ -365,7 +365,9 @@ def test_fused_layers_keep_the_accuracy_of_autocast():
     # An ISTA value that rounds to the other side of its threshold outweighs all rounding.
     for name, want in exact.items():
         errors = [(t[name].double() - want).abs().median() for t in (got, plain)]
-        assert errors[0] <= 3 * errors[1] + 1e-4, name
+        # A loss is one number, whose error of either sign may be near 0 by chance.
+        slack = 1e-4 if name == "loss" else 0
+        assert errors[0] <= 3 * errors[1] + slack, (name, errors)
 
 
 def test_is_compiled_whole():

@@ -49,7 +49,7 @@ def test_autocast_gives_the_dtypes_of_the_convolution():
     with torch.autocast("cpu", torch.bfloat16):
         got, want = swapped(conv).project(img), conv(img)
     assert got.dtype == want.dtype == torch.bfloat16
-    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-5)
 
 
 def test_other_images_go_the_way_of_the_convolution():
@@ -92,10 +92,8 @@ class Own(nn.Conv2d):
 )
 def test_what_only_looks_like_one_is_left_alone_and_reported(conv, reason):
     model = alpha(conv)
-    report = fuse(model)
-    assert [layer.reason for layer in report.skipped if layer.name == "conv1"] == [
-        layer.reason for layer in report.skipped if reason in layer.reason
-    ]
+    (skipped,) = (layer for layer in fuse(model).skipped if layer.name == "conv1")
+    assert skipped.kind == "PatchProjection" and reason in skipped.reason
     assert type(model.conv1) is type(conv)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_tensors, refuse
-from ..library import define, define_gradient
+from ..library import define, define_gradient, wide_dtype
 from . import torch_kernels
 from .reference import IGNORED
 
@@ -145,7 +145,7 @@ def _backward(
 def _forward_fake(
     logits: Tensor, labels: Tensor, vocab_size: int | None, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stats = logits.new_empty((labels.numel(), 2), dtype=torch_kernels.wide_dtype(logits.dtype))
+    stats = logits.new_empty((labels.numel(), 2), dtype=wide_dtype(logits.dtype))
     return stats.new_empty(()), stats.new_empty(()), stats
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..library import wide_dtype
 
 IGNORED = -100  # torch's label that counts for nothing
 
@@ -16,7 +17,7 @@ def cross_entropy_reference(
 
     Arguments and result as in :func:`crate_kernels.cross_entropy`.
     """
-    x = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    x = logits[..., :vocab_size].to(wide_dtype(logits.dtype))
     rows = x.reshape(-1, x.shape[-1])
     return F.cross_entropy(rows, labels.reshape(-1).long(), ignore_index=ignore_index)
 
@@ -36,7 +37,7 @@ def cross_entropy_reference_backward(
     the vocabulary.
     """
     counts = (labels != ignore_index)[..., None]
-    x = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    x = logits[..., :vocab_size].to(wide_dtype(logits.dtype))
     onehot = F.one_hot(labels.long().where(counts[..., 0], 0), x.shape[-1])
     dx = ((x.softmax(-1) - onehot) * (dloss / counts.sum())).where(counts, 0)
     return F.pad(dx, (0, logits.shape[-1] - x.shape[-1])).to(logits.dtype)

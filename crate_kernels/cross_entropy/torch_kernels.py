@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..library import wide_dtype
+
 
 def forward(
     logits: Tensor, labels: Tensor, vocab_size: int, ignore_index: int
@@ -41,7 +43,3 @@ def backward(
     dx.scatter_(1, label, dx.gather(1, label) - 1)
     dx = (dx * (dloss / count)).where(counts, 0)
     return F.pad(dx, (0, logits.shape[1] - vocab_size)).to(logits.dtype)
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..library import define, define_gradient, sum_over_tokens
+from ..library import define, define_gradient, sum_over_tokens, wide_dtype
 from . import torch_kernels
 from .masks import lse_shape
 
@@ -78,7 +78,7 @@ def _backward(
     if wants_weight:
         dw_out = sum_over_tokens(dy, o, w_out.dtype)
     if wants_bias:
-        db_out = dy.flatten(0, -2).sum(0, dtype=torch.promote_types(w.dtype, torch.float32))
+        db_out = dy.flatten(0, -2).sum(0, dtype=wide_dtype(w.dtype))
     return [dw, dw_out, db_out]
 
 
@@ -110,11 +110,10 @@ def _backward_fake(
     causal: bool,
     backend: str,
 ) -> list[Tensor]:
-    wide = torch.promote_types(w.dtype, torch.float32)
     found = (
         w.new_empty(w.shape),
         w_out.new_empty(w_out.shape),
-        w.new_empty(w_out.shape[0], dtype=wide),
+        w.new_empty(w_out.shape[0], dtype=wide_dtype(w.dtype)),
     )
     return [t if want else w.new_empty(0) for t, want in zip(found, wants, strict=True)]
 

@@ -371,10 +371,12 @@ def _active_dropouts(layer: MSSA) -> tuple[float, float]:
     return inside, dropout.p if dropout.training else 0.0
 
 
-def _not_plain(name: str, child: Any, expected: type[nn.Module]) -> str | None:
+def _not_plain(
+    name: str, child: Any, expected: type[nn.Module], article: str = "a plain nn."
+) -> str | None:
     """Why calling ``child`` could do other than ``expected.forward`` does."""
     if type(child) is not expected:
-        return f"{name} is {type(child).__name__}, not a plain nn.{expected.__name__}"
+        return f"{name} is {type(child).__name__}, not {article}{expected.__name__}"
     if "forward" in child.__dict__:
         return f"the forward of {name} was replaced"
     if has_hooks(child):
@@ -393,13 +395,9 @@ def is_called_plainly(module: nn.Module) -> bool:
 
 
 def reason_against_modules(named: Iterable[tuple[str, Any, type[nn.Module]]]) -> str | None:
-    """Why one of the modules is not plainly what it should be: another class, hooks, a forward."""
-    for name, module, kind in named:
-        if type(module) is not kind:
-            return f"{name} is {type(module).__name__}, not {kind.__name__}"
-        if has_hooks(module) or "forward" in module.__dict__:
-            return f"{name} has hooks or a replaced forward"
-    return None
+    """Why calling one of the modules could do other than its kind's forward does."""
+    reasons = (_not_plain(name, module, kind, "") for name, module, kind in named)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def reason_against_dtypes(x: Tensor, *parameters: Tensor | None) -> str | None:

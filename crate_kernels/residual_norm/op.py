@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_number, check_tensors, refuse
-from ..library import autocast_dtype, define, define_gradient
+from ..library import autocast_dtype, define, define_gradient, wide_dtype
 from . import torch_kernels
 
 
@@ -198,7 +198,7 @@ def _forward_fake(
     z_dtype = _sum_dtype(x, y, scale)
     z = x.new_empty(0) if y is None else x.new_empty(x.shape, dtype=z_dtype)
     stats = (x.numel() // x.shape[-1], 2)
-    wide = torch_kernels.wide_dtype(z_dtype)
+    wide = wide_dtype(z_dtype)
     return z, x.new_empty(x.shape, dtype=dtype), x.new_empty(stats, dtype=wide)
 
 

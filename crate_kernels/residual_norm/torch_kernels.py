@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..block import torch_kernels as rows
+from ..library import wide_dtype
 
 
 def forward(
@@ -56,10 +57,6 @@ def backward(
     if y is not None:
         dscale = (dx * y).view(-1, y.shape[-1]).sum(0)
     return dx.to(x_dtype), dy, dgamma, dbeta, dscale
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _scaled(t: Tensor, scale: Tensor | None, factor: float) -> Tensor:

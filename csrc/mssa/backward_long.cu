@@ -140,18 +140,23 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
     }
     barrier_wait(&loaded[0], 0);
 
+    // The slot of the t-th streamed tile, once it is there; a later one is on its way.
+    auto await_streamed = [&](int t) {
+        int slot = 1 + t % kSlots, next = t + Config::kAhead;
+        if (threadIdx.x == 0 && next < tiles - 1) {
+            int next_slot = 1 + next % kSlots;
+            if (next >= kSlots) barrier_wait(&released[next_slot], (next / kSlots - 1) % 2);
+            load(next_slot, stream(next));
+        }
+        barrier_wait(&loaded[slot], t / kSlots % 2);
+        return slot;
+    };
     int own_rows = n - tile_j * kTile;
     if (!causal && own_rows <= kFewRows) {
         LastRowsBackward<T, kHeadDim> tile(tiles_w, tiles_grad_o, tile_stats[0], scale);
         tile.visit(tiles_w, tiles_grad_o, tile_stats[0], 1, 0);
         for (int t = 0; t < tiles - 1; ++t) {
-            int slot = 1 + t % kSlots, next = t + Config::kAhead;
-            if (threadIdx.x == 0 && next < tiles - 1) {
-                int next_slot = 1 + next % kSlots;
-                if (next >= kSlots) barrier_wait(&released[next_slot], (next / kSlots - 1) % 2);
-                load(next_slot, stream(next));
-            }
-            barrier_wait(&loaded[slot], t / kSlots % 2);
+            int slot = await_streamed(t);
             tile.visit(tiles_w + slot * Config::kTileElements,
                        tiles_grad_o + slot * Config::kTileElements, tile_stats[slot], kTile / 16,
                        1 + t);
@@ -170,14 +175,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
             tile_stats[slot]);
     };
     auto stream_one = [&](int t, auto visit_it) {
-        int slot = 1 + t % kSlots, next = t + Config::kAhead;
-        if (threadIdx.x == 0 && next < tiles - 1) {
-            int next_slot = 1 + next % kSlots;
-            if (next >= kSlots) barrier_wait(&released[next_slot], (next / kSlots - 1) % 2);
-            load(next_slot, stream(next));
-        }
-        barrier_wait(&loaded[slot], t / kSlots % 2);
-        visit_it(slot);
+        visit_it(await_streamed(t));
         if (!Config::kOverlap) tile.finish();
         int done = t - Config::kOverlap;
         __syncwarp();  // every lane has read the statistics
