@@ -105,16 +105,26 @@ class ModelCase:
 
     def _inference(self, model: nn.Module) -> Tensor:
         with torch.no_grad(), autocast(self.w, self.device):
-            return self._call(model, self.images, self.labels)[1]
+            return self._output(model)
+
+    def _output(self, model: nn.Module) -> Tensor:
+        """All that an inference makes: no loss where the model gives none."""
+        output: Tensor = model(self.images)
+        return output
+
+    def _counted(self, output: Tensor, labels: Tensor) -> Tensor:
+        """The outputs without what means nothing; no part of a timed step."""
+        return output
 
     def outputs(self, candidate: Candidate) -> Outputs:
         """Logits and, of a training step, all gradients as one vector (see _flatten)."""
         model = self.module(candidate)
         if self.w.mode == "forward":
-            return {"output": self._inference(model)}
+            return {"output": self._counted(self._inference(model), self.labels)}
         loss, logits = self._loss(model)
         loss.backward()
-        return {"output": logits.detach(), "gradients": self._flatten(model)}
+        output = self._counted(logits.detach(), self.labels)
+        return {"output": output, "gradients": self._flatten(model)}
 
     def _flatten(self, model: nn.Module) -> Tensor:
         """Every parameter's gradient over its RMS in float64, so that each weighs the same."""
@@ -138,7 +148,7 @@ class ModelCase:
             for images, labels in zip(self.images.split(16), self.labels.split(16), strict=True):
                 images = images.double() if images.is_floating_point() else images
                 loss, output = self._call(model, images, labels)
-                outputs.append(output.detach())
+                outputs.append(self._counted(output.detach(), labels))
                 if with_gradients:
                     loss.backward()
         result = {"output": torch.cat(outputs)}
@@ -190,6 +200,9 @@ class MaskedCase(ModelCase):
         loss, patches, _ = model(images, mask=labels)
         return loss * (len(images) / self.w.batch), patches
 
+    def _output(self, model: nn.Module) -> Tensor:
+        return self._call(model, self.images, self.labels)[1]
+
 
 @dataclass
 class TextCase(ModelCase):
@@ -208,6 +221,9 @@ class TextCase(ModelCase):
     def _call(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits, loss = model(images, labels)
         return loss * (len(images) / self.w.batch), logits
+
+    def _output(self, model: nn.Module) -> Tensor:
+        return self._call(model, self.images, self.labels)[1]
 
 
 @dataclass
@@ -230,4 +246,7 @@ class PaddedCase(TextCase):
         logits, loss = model(images, labels, lengths=real.sum(1, dtype=torch.int32))
         # Each part of the batch has another number of tokens that count.
         share = real.sum() / (self.labels != IGNORED).sum()
-        return loss * share, logits.masked_fill(~real[..., None], 0)
+        return loss * share, logits
+
+    def _counted(self, output: Tensor, labels: Tensor) -> Tensor:
+        return output.masked_fill((labels == IGNORED)[..., None], 0)
