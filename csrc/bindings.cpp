@@ -2,10 +2,13 @@
 // knows Python. Pointers and the stream come as integers. pybind11 turns std::invalid_argument into
 // ValueError and std::runtime_error into RuntimeError.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "crate_kernels.h"
 
@@ -221,6 +224,52 @@ void bind_block(py::module_& module) {
         py::arg("scales"), py::arg("sums"), py::arg("shift"), py::arg("c"), py::arg("out"),
         py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("eps"), py::arg("threshold"),
         py::arg("clips"), py::arg("dtype"), py::arg("stream"));
+
+    module.def(
+        "encoder_of_few",
+        [](Pointer x, const std::vector<std::array<Pointer, 9>>& layers,
+           const std::vector<float>& thresholds, Pointer y, Pointer w, Pointer o, Pointer z,
+           Pointer lse, Pointer counters, int batch, int n, int d, int heads, float scale,
+           float eps, const std::string& dtype, Pointer stream) {
+            std::vector<EncoderLayer> given;
+            for (const auto& layer : layers) {  // in the order of LayerOfFew (block/of_few.py)
+                given.push_back({
+                    .w_qkv = at<const void>(layer[0]),
+                    .qkv_sums = at<const float>(layer[1]),
+                    .qkv_shift = at<const float>(layer[2]),
+                    .w_out = at<const void>(layer[3]),
+                    .bias = at<const float>(layer[4]),
+                    .gram = at<const void>(layer[5]),
+                    .gram_scales = at<const float>(layer[6]),
+                    .gram_sums = at<const float>(layer[7]),
+                    .gram_shift = at<const float>(layer[8]),
+                    .threshold = thresholds.at(given.size()),
+                });
+            }
+            const EncoderOfFew args{
+                .x = at<const void>(x),
+                .layers = given.data(),
+                .y = at<void>(y),
+                .w = at<void>(w),
+                .o = at<void>(o),
+                .z = at<void>(z),
+                .lse = at<float>(lse),
+                .counters = at<uint32_t>(counters),
+                .depth = int(given.size()),
+                .batch = batch,
+                .n = n,
+                .d = d,
+                .heads = heads,
+                .scale = scale,
+                .eps = eps,
+                .dtype = dtype_named(dtype),
+            };
+            encoder_of_few(args, stream_at(stream));
+        },
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("x"), py::arg("layers"),
+        py::arg("thresholds"), py::arg("y"), py::arg("w"), py::arg("o"), py::arg("z"),
+        py::arg("lse"), py::arg("counters"), py::arg("batch"), py::arg("n"), py::arg("d"),
+        py::arg("heads"), py::arg("scale"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
 
     module.def("normalise_backward_parts", &normalise_backward_parts);
     module.attr("most_normed_columns") = kMostNormedColumns;

@@ -132,6 +132,36 @@ struct FewRows {
 void few_rows(const FewRows& args, cudaStream_t stream);
 inline constexpr int kMostFewRowsDepth = 1024;
 
+// All layers of an encoder in one kernel, for few rows:
+//     w = LN(x) U^T,  o = attention(w),  z = x + o V^T + b,  x = relu(LN(z) (I + G) - threshold)
+// with the norms folded into U and G as in NormedProjection and IstaNormedForward. Contiguous,
+// pointers multiples of 16 bytes; heads of 48 or 64.
+struct EncoderLayer {
+    const void* w_qkv;         // U diag(gamma): (d, d), dtype
+    const float* qkv_sums;     // its row sums: (d)
+    const float* qkv_shift;    // U beta: (d)
+    const void* w_out;         // V: (d, d), dtype
+    const float* bias;         // b: (d), or null
+    const void* gram;          // B^T of IstaNormedForward: (d, d), dtype
+    const float* gram_scales;  // e: (d)
+    const float* gram_sums;    // s: (d)
+    const float* gram_shift;   // f: (d)
+    float threshold;
+};
+struct EncoderOfFew {
+    const void* x;               // (batch, n, d), float16 or bfloat16
+    const EncoderLayer* layers;  // (depth), on the host
+    void* y;                     // the last x
+    void *w, *o, *z;             // scratch, as x
+    float* lse;                  // scratch, (batch, heads, n)
+    uint32_t* counters;          // scratch, (depth, 4), zero
+    int depth, batch, n, d, heads;
+    float scale, eps;
+    Dtype dtype;
+};
+void encoder_of_few(const EncoderOfFew& args, cudaStream_t stream);
+inline constexpr int kMostFewEncoderLayers = 24, kMostFewEncoderColumns = 768;
+
 // head_dim the attention kernels are built for.
 inline constexpr int kHeadDims[] = {48, 64, 80, 128};
 

@@ -25,9 +25,9 @@ from torch.utils.checkpoint import (
 
 import crate_kernels
 from crate_kernels import crate_block, crate_block_reference, crate_block_reference_backward
+from crate_kernels.block.of_few import LayerOfFew, encoder_of_few
 from crate_kernels.block.op import PARAMETERS, chained_block
 from crate_kernels.ista import gram_cache
-from crate_kernels.mssa import torch_kernels
 
 SHAPES = [(2, 5, 2, 3, 4), (1, 1, 1, 4, 4), (3, 7, 1, 5, 5), (2, 33, 3, 4, 12)]
 OPTIONS = [{}, {"causal": True, "eps": 1e-3}, {"scale": 0.7, "step_size": 0.3, "lambd": 0.5}]
@@ -280,39 +280,25 @@ def test_explain():
     assert any("D = 100" in reason for reason in found.reasons["cuda"])  # ISTA's
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_a_layer_of_few_rows(causal, with_bias, monkeypatch):
-    """What few_rows and attention are asked for makes the layer, both done by torch here."""
-    rows = pytest.importorskip("crate_kernels.block.cuda_kernels")
-    inputs = block_inputs(2, 7, 3, 4)
-    # few_rows takes the bias in float32
-    inputs["b_out"] = inputs["b_out"].float().double() if with_bias else None
-    x, eps, step_size, lambd = inputs["x"], 1e-5, 0.1, 0.2
-
-    def few_rows(a, weight, *, scales=None, sums=None, shift=None, c=None, eps=0.0, threshold=None):
-        y = a @ weight.mT
-        if sums is not None:
-            mean, var = a.mean(-1, keepdim=True), a.var(-1, keepdim=True, correction=0)
-            y = (y - mean * sums) / (var + eps).sqrt() * (1 if scales is None else scales)
-        y = y + (0 if shift is None else shift) + (0 if c is None else c)
-        return y if threshold is None else torch.relu(y - threshold)
-
-    monkeypatch.setattr(rows, "few_rows", few_rows)
-    monkeypatch.setattr(rows.mssa, "forward", torch_kernels.forward)
-    u = inputs["w_qkv"] * inputs["norm1_weight"]
-    w = inputs["weight"]
-    towards = torch.eye(12, dtype=torch.float64) + step_size * (w - w.mT @ w)
-    g = (inputs["norm2_weight"][:, None] * towards).mT
-    scales = 1 + torch.rand(12, dtype=torch.float64)
-    g = g / scales[:, None]
-    y = rows.forward_of_few(
-        x,
-        [u, u.sum(1), inputs["w_qkv"] @ inputs["norm1_bias"]],
-        inputs["w_out"],
-        inputs["b_out"],
-        [g, scales, g.sum(1), inputs["norm2_bias"] @ towards],
-        *(3, 0.5, causal, eps, step_size * lambd),
-    )
-    options = {"heads": 3, "scale": 0.5, "causal": causal, "step_size": step_size, "lambd": lambd}
-    torch.testing.assert_close(y, crate_block_reference(**inputs, **options))
+def test_layers_of_few_rows():
+    """With the norms folded into its products by hand, the op makes the layers."""
+    x = y = block_inputs(2, 7, 3, 4)["x"]
+    layers, thresholds = [], []
+    eps, step_size = 1e-5, 0.1
+    for lambd in (0.2, 0.1):
+        inputs = {**block_inputs(2, 7, 3, 4), "x": y}
+        y = crate_block_reference(**inputs, heads=3, scale=0.5, step_size=step_size, lambd=lambd)
+        u, w = inputs["w_qkv"] * inputs["norm1_weight"], inputs["weight"]
+        towards = torch.eye(12, dtype=torch.float64) + step_size * (w - w.mT @ w)
+        scales = 1 + torch.rand(12, dtype=torch.float64)
+        g = (inputs["norm2_weight"][:, None] * towards).mT / scales[:, None]
+        layers.append(
+            LayerOfFew(
+                *(u, u.sum(1), inputs["w_qkv"] @ inputs["norm1_bias"]),
+                *(inputs["w_out"], inputs["b_out"]),
+                *(g, scales, g.sum(1), inputs["norm2_bias"] @ towards),
+            )
+        )
+        thresholds.append(step_size * lambd)
+    got = encoder_of_few(x, layers, thresholds, heads=3, scale=0.5, eps=eps)
+    torch.testing.assert_close(got, y)

@@ -5,14 +5,16 @@ What is left is Triton's. The contracts are those of torch_kernels.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import cuda_extension
 from ..cuda_extension import readable
 from ..library import on_device_of, stream_of
-from ..mssa import cuda_kernels as mssa
 from . import triton_kernels
+from .of_few import LayerOfFew
 
 normalise = triton_kernels.normalise
 statistics = triton_kernels.statistics
@@ -80,39 +82,39 @@ def normalise_backward(
     return dz, h, *triton_kernels.sum_partials(partials)
 
 
-# Measured on an H200 (docs/performance.md): at 197 rows it wins 16 to 19 % of a model up to 768
-# columns, at 394 rows 6 %; at 788 rows, or with 1024 columns, it loses.
-MOST_FEW_ROWS, MOST_FEW_COLUMNS = 400, 768
-
-
-def takes_few(x: Tensor, w_qkv: Tensor) -> bool:
-    """Whether :func:`forward_of_few` serves, and is the faster way."""
-    inner, d = w_qkv.shape
-    fits = d % 8 == inner % 8 == 0 and max(d, inner) <= MOST_FEW_COLUMNS
-    return fits and 0 < x.numel() // d <= MOST_FEW_ROWS
-
-
-def forward_of_few(
+def encoder_of_few(
     x: Tensor,
-    folded_qkv: list[Tensor],
-    w_out: Tensor,
-    b_out: Tensor | None,
-    folded_gram: list[Tensor],
+    layers: Sequence[LayerOfFew],
+    thresholds: Sequence[float],
     heads: int,
     scale: float,
-    causal: bool,
     eps: float,
-    threshold: float,
 ) -> Tensor:
-    """A layer of few rows by four kernels, each of which starts before the one ahead of it ends."""
-    # Copies, where there are any, are made before the first: few_rows reads weights early.
-    w_out, bias = readable(w_out), None if b_out is None else readable(b_out.float())
-    u, sums, shift = folded_qkv
-    w = few_rows(x, u, sums=sums, shift=shift, eps=eps)
-    o, _ = mssa.forward(w, heads, scale, causal)
-    z = few_rows(o, w_out, shift=bias, c=x)
-    g, scales, sums, shift = folded_gram
-    return few_rows(z, g, scales=scales, sums=sums, shift=shift, eps=eps, threshold=threshold)
+    """All layers by one kernel (of_few.py)."""
+    b, n, d = x.shape
+    x = readable(x)
+    kept = [[readable(t) for t in layer] for layer in layers]
+    y, w, o, z = (torch.empty_like(x) for _ in range(4))
+    lse = torch.empty(b, heads, n, dtype=torch.float32, device=x.device)
+    counters = torch.zeros(len(layers), 4, dtype=torch.int32, device=x.device)
+    scratch = {"w": w, "o": o, "z": z, "lse": lse, "counters": counters}
+    with on_device_of(x):
+        cuda_extension.load().encoder_of_few(
+            x=x.data_ptr(),
+            layers=[[t.data_ptr() for t in layer] for layer in kept],
+            thresholds=list(thresholds),
+            y=y.data_ptr(),
+            **{name: t.data_ptr() for name, t in scratch.items()},
+            batch=b,
+            n=n,
+            d=d,
+            heads=heads,
+            scale=scale,
+            eps=eps,
+            dtype=cuda_extension.DTYPES[x.dtype],
+            stream=stream_of(x),
+        )
+    return y
 
 
 def few_rows(
@@ -130,9 +132,8 @@ def few_rows(
     the rows of a; with a threshold, act is relu(. - threshold).
 
     The weight, scales, sums and shift are read before the kernel ahead ends: what made them must
-    have ended before that one starts to let others start (any kernel of forward_of_few waits for
-    the ones ahead of it first). They are as :func:`readable` gives them, float32 but for the
-    weight.
+    have ended before that one starts to let others start. They are as :func:`readable` gives them,
+    float32 but for the weight.
     """
     n, k = weight.shape
     out = a.new_empty(*a.shape[:-1], n)

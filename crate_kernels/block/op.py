@@ -349,12 +349,6 @@ def _forward(
     def empty(dtype: torch.dtype = dtype) -> Tensor:
         return x.new_empty(0, dtype=dtype)
 
-    by_few = attention == "cuda" and dictionary != "cuda" and x.dtype == dtype
-    by_few = by_few and memory == "none" and bool(folded_qkv and folded_gram)
-    if by_few and w_out is not None and w_out.dtype == dtype and rows.takes_few(x, w_qkv):
-        options = (heads, scale, causal, eps, step_size * lambd)
-        y = rows.forward_of_few(x, folded_qkv, w_out, b_out, folded_gram, *options)
-        return y, empty(torch.float32), *(empty() for _ in range(10))
     if memory != "none":  # the weights may change before the next call
         gram, folded_qkv, folded_gram = None, [], []
     makes_gram = gram is None and _are_rounded(weights, dtype)

@@ -5,8 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..mssa import torch_kernels as attention
+from .of_few import LayerOfFew
 
 
 def normalise(
@@ -68,6 +73,31 @@ def normalise_backward(
     h = torch.addcmul(bc, (wide - mean) * rstd, gc).to(z.dtype) if wants_h else None
     dsum = dz.flatten(0, -2).sum(0) if wants_sum else None
     return dz.to(z.dtype), h, dgamma, dbeta, dsum
+
+
+def encoder_of_few(
+    x: Tensor,
+    layers: Sequence[LayerOfFew],
+    thresholds: Sequence[float],
+    heads: int,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    """x through all layers (of_few.py), what is written between steps in the dtype of x."""
+
+    def normed(t: Tensor, weight: Tensor, sums: Tensor, scales: Tensor | float) -> Tensor:
+        wide = _wide(t)
+        mean = wide.mean(-1, keepdim=True)
+        rstd = (wide.var(-1, keepdim=True, correction=0) + eps).rsqrt()
+        return rstd * scales * (wide @ weight.to(wide.dtype).mT - mean * sums)
+
+    for layer, threshold in zip(layers, thresholds, strict=True):
+        w = (normed(x, layer.w_qkv, layer.qkv_sums, 1.0) + layer.qkv_shift).to(x.dtype)
+        o, _ = attention.forward(w, heads, scale, False)
+        z = (_wide(x) + _wide(o) @ _wide(layer.w_out).mT + layer.bias).to(x.dtype)
+        y = normed(z, layer.gram, layer.gram_sums, layer.gram_scales) + layer.gram_shift
+        x = torch.relu(y - threshold).to(x.dtype)
+    return x
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..block import of_few
 from ..block.op import MEMORY, PARAMETERS, chained_block
 from ..checks import refuse
 from ..library import autocast_dtype, autocast_is_on
@@ -147,6 +148,10 @@ class Encoder(Layers):
         reasons = [unfused_block_reason(attn, ff, self._steps, x) for attn, ff in layers]
         # Between which layers: tokens that no observer sees go from op to op, nowhere else.
         alone = not self._observers
+        if alone and self.constants is not None and not any(reasons):
+            y = _all_at_once(layers, x, self.constants)
+            if y is not None:
+                return y
         chained = [alone and a is b is None for a, b in itertools.pairwise(reasons)]
         chained = [False, *chained, False]
         moments = None
@@ -207,6 +212,25 @@ def _run(
         **made,
         **options,
     )
+
+
+def _all_at_once(layers: Any, x: Tensor, kept: Constants) -> Tensor | None:
+    """All layers as one op; None where that is not the way."""
+    options = {(attn.fn.heads, attn.fn.scale, attn.norm.eps) for attn, _ in layers}
+    if len(options) != 1 or x.dim() != 3 or x.dtype != autocast_dtype(x):
+        return None
+    ((heads, scale, eps),) = options
+    if not of_few.takes(x, len(layers), heads):
+        return None
+    found = []
+    for i, (attn, ff) in enumerate(layers):
+        given = dict(zip(PARAMETERS, _parameters(attn, ff), strict=True))
+        constants = layer_constants(kept, i, x, given, ff.fn.step_size, heads)
+        if constants is None or constants.of_few is None:
+            return None
+        found.append(constants.of_few)
+    thresholds = [ff.fn.step_size * ff.fn.lambd for _, ff in layers]
+    return of_few.encoder_of_few(x, found, thresholds, heads=heads, scale=scale, eps=eps)
 
 
 def _parameters(attn: Any, ff: Any) -> tuple[Any, ...]:

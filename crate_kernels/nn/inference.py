@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..block.of_few import LayerOfFew
 from ..block.op import fold_norms
 from ..checks import refuse
 from ..ista.op import gram_matrix
@@ -30,6 +31,7 @@ class LayerConstants:
     gram: Tensor
     folded_qkv: tuple[Tensor, ...]
     folded_gram: tuple[Tensor, ...]
+    of_few: LayerOfFew | None  # the same as one op of all layers takes it
 
 
 def prepare_for_inference(model: nn.Module) -> None:
@@ -38,8 +40,8 @@ def prepare_for_inference(model: nn.Module) -> None:
     Without it every call without gradients casts the projections of each layer to autocast's dtype,
     and compares its dictionary W with the one that G = eta (W - W^T W) was made from (a captured
     CUDA graph makes G itself). With it a layer is six kernels: two norms (or what is left of them
-    where there are many tokens), two GEMMs, attention and ISTA; of few tokens it is four, the norms
-    folded into the products. It shows where a batch is small.
+    where there are many tokens), two GEMMs, attention and ISTA; of few tokens all layers are one
+    kernel, the norms folded into its products. It shows where a batch is small.
     Sets ``model.eval()``; ``model.train()`` ends it. Results do not change, but for their rounding
     where there are few tokens.
 
@@ -86,7 +88,7 @@ def layer_constants(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     dtype = autocast_dtype(x)
-    weights = [t for name, t in parameters.items() if t is not None and name != "b_out"]
+    weights = [t for t in parameters.values() if t is not None]
     made_from = (step_size, *((t.data_ptr(), _version(t)) for t in weights))
     found = kept.get((layer, dtype, x.device))
     if found is not None and found.made_from == made_from:
@@ -99,13 +101,14 @@ def layer_constants(
     attention = backends.choose("crate_block", "auto", x, dtype, w_qkv.shape[0] // heads)
     gram = gram_matrix(given["weight"], step_size, dtype, backend)
     norms = [(given[f"norm{i}_weight"], given[f"norm{i}_bias"]) for i in (1, 2)]
-    found = LayerConstants(
-        made_from,
-        w_qkv.to(dtype),
-        None if w_out is None else w_out.to(dtype),
-        gram,
-        *fold_norms(norms[0], w_qkv, w_out, norms[1], gram, attention),
-    )
+    folded = fold_norms(norms[0], w_qkv, w_out, norms[1], gram, attention)
+    w_out = None if w_out is None else w_out.to(dtype)
+    of_few = None
+    if all(folded) and w_out is not None and w_out.shape == w_qkv.shape:
+        b_out = given["b_out"]
+        bias = w_out.new_zeros(len(w_out)) if b_out is None else b_out
+        of_few = LayerOfFew(*folded[0], w_out, bias.float(), *folded[1])
+    found = LayerConstants(made_from, w_qkv.to(dtype), w_out, gram, *folded, of_few)
     if x.is_cuda:  # kernels may read them before the ones ahead end, and those made them
         torch.cuda.current_stream(x.device).synchronize()
     kept[layer, dtype, x.device] = found

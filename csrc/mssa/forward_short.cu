@@ -2,16 +2,13 @@
 //
 // A block is one warpgroup and owns one head: w_h [n, head_dim] is loaded once, and is query, key
 // and value of every row tile; of one of them where heads are few. docs/mssa.md
-#include "last_rows.cuh"
+#include "forward_rows.cuh"
 #include "launchers.h"
 
 namespace crate_kernels {
 namespace {
 
 constexpr int kThreads = 128;
-
-template <int kHeadDim>
-constexpr int kStagingElements = 4 * kChunks<kHeadDim> * 16 * kChunkColumns;
 
 // kOneTile: n <= 64.
 template <typename T, int kHeadDim, bool kOneTile>
@@ -25,7 +22,6 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     // shared memory
     extern __shared__ char shared[];
     __shared__ Barrier w_loaded;
-    int whole = rows / kTile * kTile;
     T* w = reinterpret_cast<T*>(swizzle_aligned(shared));
     T* staging = w + kChunks<kHeadDim> * rows * kChunkColumns;
 
@@ -47,48 +43,8 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     __syncthreads();
     barrier_wait(&w_loaded, 0);
 
-    // A second pass only where the first could not do without the largest scores.
-    for (bool searched = false;; searched = true) {
-        bool trusted = true;
-        for (int first = begin; first < end; first += kTile) {
-            if (!kOneTile && !searched && first == whole && rows - whole == kFewRows) {
-                trusted &= finish_last_rows<T, kHeadDim>(w, rows, whole, n, scale, staging, &o_map,
-                                                         lse, head, batch);
-                continue;
-            }
-            const T* w_j = w + first * kChunkColumns;
-            ForwardTile<T, kHeadDim> tile(w_j, rows, scale);
-            bool any_row = first + threadIdx.x / 32 * 16 < n;  // of this warp
-            if (!kOneTile && searched) {
-                tile.begin_search();
-                for (int i = 0; i < n; i += kTile) {
-                    tile.search(w + i * kChunkColumns, rows, i, n, false);
-                }
-                tile.end_search();
-            }
-            if (kOneTile) {
-                tile.template visit<true, kTile, true>(w_j, rows, first, n, false, any_row);
-            } else if (first < whole) {
-                tile.template visit<true>(w_j, rows, first, n, false, any_row);
-            } else {
-                tile.template visit<true, 16>(w_j, rows, first, n, false, any_row);
-            }
-            if (!kOneTile) {
-                for (int i = 0; i < whole; i += kTile) {
-                    if (i == first) continue;
-                    tile.template visit<false>(w + i * kChunkColumns, rows, i, n, false, any_row);
-                }
-                if (whole < rows && first < whole) {
-                    tile.template visit<false, 16>(w + whole * kChunkColumns, rows, whole, n, false,
-                                                   any_row);
-                }
-            }
-            trusted &= tile.complete(first, n);
-            tile.store(staging, &o_map, lse, head, batch, first, n);
-        }
-        if (kOneTile || searched || !__syncthreads_or(!trusted)) break;
-        if (threadIdx.x % 32 == 0) wait_stores_written();  // they go to the same place
-    }
+    attend_rows<T, kHeadDim, kOneTile>(w, rows, staging, &o_map, lse, head, batch, begin, end, n,
+                                       scale);
     if (threadIdx.x % 32 == 0) wait_stores_read<0>();
 }
 

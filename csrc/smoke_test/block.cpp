@@ -1,5 +1,7 @@
 // What a layer is made of besides: products of normed rows, the projection with residual, the
 // norm's gradient.
+#include <list>
+
 #include "host.h"
 
 namespace crate_kernels {
@@ -352,6 +354,126 @@ bool test_residual_projection_everywhere() {
                                       {700, 384, 384}}) {
             passed &= test_residual_projection(dtype, rows, d, inner, rows != 129);
         }
+    }
+    return passed;
+}
+
+// All layers at once are, bit by bit, their products and attention one by one.
+bool test_encoder_of_few(Dtype dtype, int batch, int n, int d, int heads, int depth) {
+    const int rows = batch * n;
+    const float eps = 1e-5f, scale = 1 / std::sqrt(float(d) / heads);
+    std::string name = std::string("encoder of few ") + name_of(dtype) + " " +
+                       std::to_string(batch) + " x " + std::to_string(n) + " x " +
+                       std::to_string(d) + ", " + std::to_string(heads) + " heads";
+    std::mt19937 generator(n);
+    DeviceArray x_in(to_bytes(random_values(size_t(rows) * d, dtype, generator), dtype));
+    std::list<DeviceArray<unsigned char>> matrices;
+    std::list<DeviceArray<float>> vectors;
+    auto matrix = [&] {
+        Values values = random_values(size_t(d) * d, dtype, generator);
+        for (double& value : values) value /= std::sqrt(d);
+        return matrices.emplace_back(to_bytes(values, dtype)).data();
+    };
+    auto vector = [&](double start) {
+        Values values = random_values(d, Dtype::kFloat16, generator);
+        std::vector<float> near(d);
+        for (int j = 0; j < d; ++j) near[j] = start + values[j] / 4;
+        return vectors.emplace_back(near).data();
+    };
+    std::vector<EncoderLayer> layers;
+    for (int i = 0; i < depth; ++i) {
+        layers.push_back({.w_qkv = matrix(),
+                          .qkv_sums = vector(0),
+                          .qkv_shift = vector(0),
+                          .w_out = matrix(),
+                          .bias = i % 2 ? nullptr : vector(0),
+                          .gram = matrix(),
+                          .gram_scales = vector(1),
+                          .gram_sums = vector(0),
+                          .gram_shift = vector(0),
+                          .threshold = 0.125f * float(i)});
+    }
+    DeviceArray<unsigned char> w(x_in.size()), o(x_in.size()), z(x_in.size()), y(x_in.size());
+    DeviceArray<float> lse(size_t(batch) * heads * n);
+
+    auto product = [&](const void* a, const void* weight, const float* scales, const float* sums,
+                       const float* shift, const void* c, void* out, float threshold, bool clips) {
+        few_rows({.a = a,
+                  .weight = weight,
+                  .scales = scales,
+                  .sums = sums,
+                  .shift = shift,
+                  .c = c,
+                  .out = out,
+                  .rows = rows,
+                  .n = d,
+                  .k = d,
+                  .eps = eps,
+                  .threshold = threshold,
+                  .clips = clips,
+                  .dtype = dtype},
+                 nullptr);
+        check(cudaDeviceSynchronize());
+    };
+    const void* x = x_in.data();
+    for (const EncoderLayer& l : layers) {
+        product(x, l.w_qkv, nullptr, l.qkv_sums, l.qkv_shift, nullptr, w.data(), 0, false);
+        attention_forward({.w = w.data(),
+                           .w_stride_batch = int64_t(n) * d,
+                           .w_stride_row = d,
+                           .o = o.data(),
+                           .lse = lse.data(),
+                           .batch = batch,
+                           .n = n,
+                           .heads = heads,
+                           .head_dim = d / heads,
+                           .scale = scale,
+                           .causal = false,
+                           .dtype = dtype},
+                          nullptr);
+        product(o.data(), l.w_out, nullptr, nullptr, l.bias, x, z.data(), 0, false);
+        product(z.data(), l.gram, l.gram_scales, l.gram_sums, l.gram_shift, nullptr, y.data(),
+                l.threshold, true);
+        x = y.data();
+    }
+    Bytes want = y.on_host();
+    bool passed = true;
+    for (int run = 0; run < 20; ++run) {
+        y.poison(), w.poison(), o.poison(), z.poison(), lse.poison();
+        DeviceArray counters(std::vector<uint32_t>(size_t(depth) * 4, 0));
+        encoder_of_few({.x = x_in.data(),
+                        .layers = layers.data(),
+                        .y = y.data(),
+                        .w = w.data(),
+                        .o = o.data(),
+                        .z = z.data(),
+                        .lse = lse.data(),
+                        .counters = counters.data(),
+                        .depth = depth,
+                        .batch = batch,
+                        .n = n,
+                        .d = d,
+                        .heads = heads,
+                        .scale = scale,
+                        .eps = eps,
+                        .dtype = dtype},
+                       nullptr);
+        check(cudaDeviceSynchronize());
+        passed &= y.on_host() == want;
+    }
+    std::printf("%s %s\n", passed ? "ok    " : "FAILED", name.c_str());
+    return passed;
+}
+
+bool test_encoder_of_few_everywhere() {
+    bool passed = true;
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        passed &= test_encoder_of_few(dtype, 1, 197, 768, 12, 3);
+        passed &= test_encoder_of_few(dtype, 2, 197, 576, 12, 2);
+        passed &= test_encoder_of_few(dtype, 3, 65, 128, 2, 3);
+        passed &= test_encoder_of_few(dtype, 1, 256, 768, 12, 2);
+        passed &= test_encoder_of_few(dtype, 5, 10, 48, 1, 2);
+        passed &= test_encoder_of_few(dtype, 9, 130, 384, 8, 2);
     }
     return passed;
 }

@@ -1,0 +1,63 @@
+// Rows of o for a head that is on chip whole: what the kernels for n <= 256 share.
+#pragma once
+
+#include "last_rows.cuh"
+
+namespace crate_kernels {
+
+template <int kHeadDim>
+inline constexpr int kStagingElements = 4 * kChunks<kHeadDim> * 16 * kChunkColumns;
+
+// o and lse of rows `begin` to `end` (whole tiles, but for the last) by one warpgroup. w: the head,
+// `rows` rows of a chunk (rows_on_chip); lse: the head's. kOneTile: n <= 64. The stores may still
+// read staging when this returns.
+template <typename T, int kHeadDim, bool kOneTile>
+__device__ __forceinline__ void attend_rows(const T* w, int rows, T* staging,
+                                            const CUtensorMap* o_map, float* lse, int head,
+                                            int batch, int begin, int end, int n, float scale) {
+    int whole = rows / kTile * kTile;
+    // A second pass only where the first could not do without the largest scores.
+    for (bool searched = false;; searched = true) {
+        bool trusted = true;
+        for (int first = begin; first < end; first += kTile) {
+            if (!kOneTile && !searched && first == whole && rows - whole == kFewRows) {
+                trusted &= finish_last_rows<T, kHeadDim>(w, rows, whole, n, scale, staging, o_map,
+                                                         lse, head, batch);
+                continue;
+            }
+            const T* w_j = w + first * kChunkColumns;
+            ForwardTile<T, kHeadDim> tile(w_j, rows, scale);
+            bool any_row = first + threadIdx.x / 32 * 16 < n;  // of this warp
+            if (!kOneTile && searched) {
+                tile.begin_search();
+                for (int i = 0; i < n; i += kTile) {
+                    tile.search(w + i * kChunkColumns, rows, i, n, false);
+                }
+                tile.end_search();
+            }
+            if (kOneTile) {
+                tile.template visit<true, kTile, true>(w_j, rows, first, n, false, any_row);
+            } else if (first < whole) {
+                tile.template visit<true>(w_j, rows, first, n, false, any_row);
+            } else {
+                tile.template visit<true, 16>(w_j, rows, first, n, false, any_row);
+            }
+            if (!kOneTile) {
+                for (int i = 0; i < whole; i += kTile) {
+                    if (i == first) continue;
+                    tile.template visit<false>(w + i * kChunkColumns, rows, i, n, false, any_row);
+                }
+                if (whole < rows && first < whole) {
+                    tile.template visit<false, 16>(w + whole * kChunkColumns, rows, whole, n, false,
+                                                   any_row);
+                }
+            }
+            trusted &= tile.complete(first, n);
+            tile.store(staging, o_map, lse, head, batch, first, n);
+        }
+        if (kOneTile || searched || !__syncthreads_or(!trusted)) break;
+        if (threadIdx.x % 32 == 0) wait_stores_written();  // they go to the same place
+    }
+}
+
+}  // namespace crate_kernels
