@@ -113,8 +113,9 @@ inline constexpr int kMostNormedColumns = 1024;
 
 // out = act(rstd e (a W^T - mean s) + f + c), for few rows. With s, mean and rstd are those of the
 // rows of a, which the kernel finds itself; without, and without e, f or c, they are 0 and 1. act
-// takes the threshold off and clips at 0, or nothing. n and k are multiples of 8. The weight, e, s
-// and f are read before the kernel ahead ends: they must be there before it lets others start.
+// takes the threshold off and clips at 0, or nothing. n is a multiple of 8; k is 192, 384, 576, 768
+// or 1024. The weight, e, s and f are read before the kernel ahead ends: they must be there before
+// it lets others start.
 struct FewRows {
     const void* a;        // (rows, k), float16 or bfloat16
     const void* weight;   // W: (n, k), as a
@@ -130,12 +131,11 @@ struct FewRows {
     Dtype dtype;
 };
 void few_rows(const FewRows& args, cudaStream_t stream);
-inline constexpr int kMostFewRowsDepth = 1024;
 
 // All layers of an encoder in one kernel, for few rows:
 //     w = LN(x) U^T,  o = attention(w),  z = x + o V^T + b,  x = relu(LN(z) (I + G) - threshold)
 // with the norms folded into U and G as in NormedProjection and IstaNormedForward. Contiguous,
-// pointers multiples of 16 bytes; heads of 48 or 64.
+// pointers multiples of 16 bytes; d is 384 or 768 in heads of 64, or 576 in heads of 48.
 struct EncoderLayer {
     const void* w_qkv;         // U diag(gamma): (d, d), dtype
     const float* qkv_sums;     // its row sums: (d)
@@ -154,7 +154,7 @@ struct EncoderOfFew {
     void* y;                     // the last x
     void *w, *o, *z;             // scratch, as x
     float* lse;                  // scratch, (batch, heads, n)
-    uint32_t* counters;          // scratch, (depth, 4), zero
+    uint32_t* counters;          // scratch, (depth, 4, ceil(batch n / 64)), zero
     int depth, batch, n, d, heads;
     float scale, eps;
     Dtype dtype;

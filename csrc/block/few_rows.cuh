@@ -1,11 +1,9 @@
-// A tile [64, 128] of a product of few rows by the blocks of a cluster: bound by latency.
-// docs/block.md
+// A tile [64, 32] of a product of few rows: bound by latency. docs/block.md
 //
 //     out = act(rstd e (a W^T - mean s) + f (+ c))
 //
-// The blocks share the sum over k: each has its part of the rows of a and of W on chip at once, and
-// makes its part of the sums of each row of a and of its squares, of which mean and rstd come. Then
-// each adds up a part of the tile's columns.
+// All of the rows of a and of W that it takes are on chip at once. The four blocks of a cluster
+// have the same rows, of which each loads a part for all, and makes that part of their moments.
 #pragma once
 
 #include "../common/cluster.cuh"
@@ -18,45 +16,64 @@
 namespace crate_kernels {
 
 struct FewRowsTile {
-    static constexpr int kThreads = 128, kRows = 64, kColumns = 128, kDepth = 64;  // of a step
-    static constexpr int kBlocks = 4;                                              // of a cluster
-    static constexpr int kOwnColumns = kColumns / kBlocks, kOwnGroups = kOwnColumns / 8;
+    static constexpr int kThreads = 128, kRows = 64, kColumns = 32, kDepth = 64;  // of a step
+    static constexpr int kBlocks = 4;                                             // of a cluster
+    static constexpr int kGroups = kColumns / 8, kColumnsOfCluster = kBlocks * kColumns;
     static constexpr int kBytesA = kRows * kDepth * 2, kBytesB = kColumns * kDepth * 2;
-    static constexpr int kBytesParts = kRows * kColumns * int(sizeof(float));
 
-    static __host__ __device__ int steps_of_block(int k) { return ceil_div(k, kBlocks * kDepth); }
-
-    int k, first_step, steps;  // of this block
-    int first_row, first_column, rank;
-    int row, column;  // the first of this thread in the output
-
-    __device__ __forceinline__ FewRowsTile(int k, int row_tile, int column_tile)
-        : k(k), rank(cluster_rank()) {
-        int most = steps_of_block(k), lane = threadIdx.x % 32;
-        first_step = rank * most;
-        steps = max(0, min(most, ceil_div(k, kDepth) - first_step));
-        first_column = column_tile * kColumns;
-        column = first_column + rank * kOwnColumns + lane % 4 * 2;
-        row = threadIdx.x / 32 * 16 + lane / 4;
-        first_row = row_tile * kRows;
+    static constexpr __host__ __device__ int steps_of(int k) { return k / kDepth; }
+    // Of a block's part of the rows of a; that of the last may reach past k, where it is zero.
+    static constexpr __host__ __device__ int steps_of_part(int k) {
+        return ceil_div(steps_of(k), kBlocks);
+    }
+    static constexpr __host__ __device__ int bytes_of_rows(int k) {
+        return kBlocks * steps_of_part(k) * kBytesA;
     }
 
-    // One thread loads.
+    int k, steps, steps_of_a_part, rank;
+    int first_row, first_column;
+    int row, column;  // the first of this thread in the output
+
+    __device__ __forceinline__ FewRowsTile(int k, int row_tile, int cluster_column)
+        : k(k), steps(steps_of(k)), steps_of_a_part(steps_of_part(k)), rank(cluster_rank()) {
+        int lane = threadIdx.x % 32;
+        first_row = row_tile * kRows;
+        first_column = cluster_column * kColumnsOfCluster + rank * kColumns;
+        row = first_row + threadIdx.x / 32 * 16 + lane / 4;
+        column = first_column + lane % 4 * 2;
+    }
+
+    // The barriers of parts of a are told what to expect, by kBlocks threads, once nobody waits for
+    // their phase before.
+    __device__ __forceinline__ void expect_rows(Barrier* loaded) const {
+        if (threadIdx.x < kBlocks) barrier_expect(loaded + threadIdx.x, steps_of_a_part * kBytesA);
+    }
+    // One thread loads. Rows go to all blocks of the cluster: none may still read those before.
+    __device__ __forceinline__ void load_rows(char* a, const CUtensorMap* map,
+                                              Barrier* loaded) const {
+        int first = rank * steps_of_a_part;
+        load_tile_for_all<kBlocks>(a + first * kBytesA, map, loaded + rank, 0, first_row, first);
+    }
     __device__ __forceinline__ void load_weight(char* b, const CUtensorMap* map,
                                                 Barrier* loaded) const {
         barrier_expect(loaded, steps * kBytesB);
-        for (int i = 0; i < steps; ++i) {
-            load_tile(b + i * kBytesB, map, loaded, (first_step + i) * kDepth, first_column);
-        }
-    }
-    __device__ __forceinline__ void load_rows(char* a, const CUtensorMap* map,
-                                              Barrier* loaded) const {
-        for (int i = 0; i < steps; ++i) {
-            barrier_expect(loaded + i, kBytesA);
-            load_tile(a + i * kBytesA, map, loaded + i, (first_step + i) * kDepth, first_row);
-        }
+        load_tile(b, map, loaded, 0, first_column, 0);
     }
 };
+
+// Host: rows of k, a multiple of kDepth, as steps of kDepth columns.
+inline CUtensorMap steps_map(const void* data, Dtype dtype, int rows, int k, int box_rows,
+                             int box_steps) {
+    int steps = FewRowsTile::steps_of(k), depth = FewRowsTile::kDepth;
+    return make_tensor_map<3>(data, dtype, {depth, rows, steps}, {k, depth},
+                              {depth, box_rows, box_steps});
+}
+inline CUtensorMap few_rows_map(const void* data, Dtype dtype, int rows, int k) {
+    return steps_map(data, dtype, rows, k, FewRowsTile::kRows, FewRowsTile::steps_of_part(k));
+}
+inline CUtensorMap few_rows_weight_map(const void* data, Dtype dtype, int n, int k) {
+    return steps_map(data, dtype, n, k, FewRowsTile::kColumns, FewRowsTile::steps_of(k));
+}
 
 // Of a product, with n columns. Without sums there is no norm; scales, sums, shift and c may be
 // null.
@@ -71,13 +88,12 @@ struct FewRowsEpilogue {
 
 // Constants of a thread's columns, which nothing writes.
 struct FewRowsConstants {
-    float2 scale[FewRowsTile::kOwnGroups], sum[FewRowsTile::kOwnGroups],
-        shift[FewRowsTile::kOwnGroups];
+    float2 scale[FewRowsTile::kGroups], sum[FewRowsTile::kGroups], shift[FewRowsTile::kGroups];
 
     __device__ __forceinline__ FewRowsConstants(const FewRowsTile& tile,
                                                 const FewRowsEpilogue& to) {
 #pragma unroll
-        for (int j = 0; j < FewRowsTile::kOwnGroups; ++j) {
+        for (int j = 0; j < FewRowsTile::kGroups; ++j) {
             auto two = [&](const float* from, float otherwise) {
                 int at = tile.column + 8 * j;
                 return from && at < to.n ? *reinterpret_cast<const float2*>(from + at)
@@ -88,26 +104,27 @@ struct FewRowsConstants {
     }
 };
 
-// The product, of a and b in shared memory once their barriers have those parities, to `to`. parts
-// and moments are shared memory too, which the blocks read of each other. All threads of a cluster
-// call it, each after an arrive_in_cluster of its own, and it ends with one: before the block ends,
-// wait_for_cluster. on_read() is called once nobody of this block reads a or b any more.
-template <typename T, typename OnRead>
+// The product, of a and b in shared memory once their barriers have those parities, to `to`.
+// `moments` is shared memory for the sums of each block's part of a row and of its squares.
+// on_rows() is called when the rows are there. All threads of a cluster call it.
+//
+// Every wait comes before the products: descriptors stay in uniform registers as long as nothing
+// may diverge, and products whose descriptors have to be brought there take 100 cycles, not 30.
+template <typename T, int kSteps, typename OnRows>
 __device__ __forceinline__ void multiply_few_rows(const FewRowsTile& tile,
                                                   const FewRowsConstants& constants,
                                                   const FewRowsEpilogue& to, const char* a,
                                                   Barrier* a_loaded, int a_parity, const char* b,
-                                                  Barrier* b_loaded, int b_parity, float4* parts,
-                                                  float2* moments, OnRead&& on_read) {
+                                                  Barrier* b_loaded, int b_parity, float2* moments,
+                                                  OnRows&& on_rows) {
     using Tile = FewRowsTile;
-    const int thread = threadIdx.x;
     const bool norms = to.sums != nullptr;
-    uint32_t c[Tile::kOwnGroups][2] = {};
+    uint32_t c[Tile::kGroups][2] = {};
 #pragma unroll
-    for (int j = 0; j < Tile::kOwnGroups; ++j) {
+    for (int j = 0; j < Tile::kGroups; ++j) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            int r = tile.first_row + tile.row + 8 * h, at = tile.column + 8 * j;
+            int r = tile.row + 8 * h, at = tile.column + 8 * j;
             if (to.c && r < to.rows && at < to.n) {
                 c[j][h] = *reinterpret_cast<const uint32_t*>(static_cast<const T*>(to.c) +
                                                              int64_t(r) * to.n + at);
@@ -115,27 +132,34 @@ __device__ __forceinline__ void multiply_few_rows(const FewRowsTile& tile,
         }
     }
 
-    // products, and what this block has of the moments: half a row a thread
-    float sums[Tile::kColumns / 2] = {};
-    float2 of_row[4] = {};  // shorter chains of additions
-    if (tile.steps > 0) barrier_wait(b_loaded, b_parity);
-    for (int step = 0; step < tile.steps; ++step) {
-        barrier_wait(a_loaded + step, a_parity);
-        wgmma_fence();
-        uint64_t rows = descriptor(a + step * Tile::kBytesA);
-        uint64_t columns = descriptor(b + step * Tile::kBytesB);
+    // products, in sums that do not wait for each other
+    constexpr int kSums = Tile::kDepth / 16;
+    float product[kSums][Tile::kColumns / 2];
+    barrier_wait(b_loaded, b_parity);
+    for (int part = 0; part < Tile::kBlocks; ++part) barrier_wait(a_loaded + part, a_parity);
+    on_rows();
+    const uint32_t rows = low_word(a), columns = low_word(b);
+    wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < Tile::kDepth / 16; ++i) {
-            wgmma<Tile::kColumns, T>::template from_shared<kNo, kNo>(sums, rows + 2 * i,
-                                                                     columns + 2 * i, true);
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            wgmma<Tile::kColumns, T>::template from_shared<kNo, kNo>(
+                product[i], descriptor_of(rows + step * (Tile::kBytesA / 16) + 2 * i),
+                descriptor_of(columns + step * (Tile::kBytesB / 16) + 2 * i), step > 0);
         }
-        wgmma_commit();
-        if (norms) {
-            int r = thread / 2;
+    }
+    wgmma_commit();
+
+    // moments of this block's part of the rows, half a row a thread, for all blocks
+    if (norms) {
+        float2 of_row[4] = {};  // shorter chains of additions
+        int r = threadIdx.x / 2, first = tile.rank * tile.steps_of_a_part;
+        for (int step = first; step < first + tile.steps_of_a_part; ++step) {  // zero past the last
             const uint4* from = reinterpret_cast<const uint4*>(a + step * Tile::kBytesA + r * 128);
             uint4 eight[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) eight[i] = from[(thread % 2 * 4 + i) ^ r % 8];
+            for (int i = 0; i < 4; ++i) eight[i] = from[(threadIdx.x % 2 * 4 + i) ^ r % 8];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 for (uint32_t word : {eight[i].x, eight[i].y, eight[i].z, eight[i].w}) {
@@ -145,63 +169,47 @@ __device__ __forceinline__ void multiply_few_rows(const FewRowsTile& tile,
                 }
             }
         }
-        wgmma_wait<0>();
-        pin_registers(sums);
-    }
-    fence_async_proxy();  // what was read of a may be loaded anew
-
-    // to the blocks of the cluster, once they have read what was there
-    wait_for_cluster();
+        float2 sums{of_row[0].x + of_row[1].x + (of_row[2].x + of_row[3].x),
+                    of_row[0].y + of_row[1].y + (of_row[2].y + of_row[3].y)};
+        sums.x += __shfl_xor_sync(0xFFFFFFFF, sums.x, 1);
+        sums.y += __shfl_xor_sync(0xFFFFFFFF, sums.y, 1);
 #pragma unroll
-    for (int j = 0; j < Tile::kColumns / 8; ++j) {
-        parts[j * Tile::kThreads + thread] = {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2],
-                                              sums[4 * j + 3]};
-    }
-    if (norms) {
-        float2 all{of_row[0].x + of_row[1].x + (of_row[2].x + of_row[3].x),
-                   of_row[0].y + of_row[1].y + (of_row[2].y + of_row[3].y)};
-        all.x += __shfl_xor_sync(0xFFFFFFFF, all.x, 1);
-        all.y += __shfl_xor_sync(0xFFFFFFFF, all.y, 1);
-        if (thread % 2 == 0) moments[thread / 2] = all;
-    }
-    sync_cluster();
-    on_read();
-    float4 total[Tile::kOwnGroups] = {};
-    float2 statistics[2] = {};
-#pragma unroll
-    for (int block = 0; block < Tile::kBlocks; ++block) {
-#pragma unroll
-        for (int j = 0; j < Tile::kOwnGroups; ++j) {
-            const float4* from =
-                parts + (tile.rank * Tile::kOwnGroups + j) * Tile::kThreads + thread;
-            float4 x = read_four_in_block(address_in_block(from, block));
-            total[j].x += x.x, total[j].y += x.y, total[j].z += x.z, total[j].w += x.w;
+        for (int block = 0; block < Tile::kBlocks; block += 2) {  // half of the blocks a thread
+            write_in_block(
+                address_in_block(&moments[tile.rank * Tile::kRows + r], block + threadIdx.x % 2),
+                sums);
         }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            if (!norms) continue;
-            float2 x = read_two_in_block(address_in_block(moments + tile.row + 8 * h, block));
-            statistics[h].x += x.x, statistics[h].y += x.y;
-        }
+        sync_cluster();
     }
-    arrive_in_cluster();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) pin_registers(product[i]);
 
     // output
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        int r = tile.first_row + tile.row + 8 * h;
-        float mean = statistics[h].x / tile.k, rstd = 1;
-        if (norms) {
-            rstd = rsqrtf(fmaxf(statistics[h].y / tile.k - mean * mean, 0) + to.eps);
-        }
+        int r = tile.row + 8 * h;
+        float2 of{};
 #pragma unroll
-        for (int j = 0; j < Tile::kOwnGroups; ++j) {
+        for (int block = 0; block < Tile::kBlocks && norms; ++block) {
+            float2 part = moments[block * Tile::kRows + r - tile.first_row];
+            of.x += part.x, of.y += part.y;
+        }
+        float mean = of.x / tile.k, rstd = 1;
+        if (norms) rstd = rsqrtf(fmaxf(of.y / tile.k - mean * mean, 0) + to.eps);
+#pragma unroll
+        for (int j = 0; j < Tile::kGroups; ++j) {
             int at = tile.column + 8 * j;
             float2 added = unpack<T>(c[j][h]), shift = constants.shift[j];
             float2 scale = constants.scale[j], sum = constants.sum[j];
-            float2 product = h ? float2{total[j].z, total[j].w} : float2{total[j].x, total[j].y};
-            float first = rstd * scale.x * (product.x - mean * sum.x) + shift.x + added.x;
-            float second = rstd * scale.y * (product.y - mean * sum.y) + shift.y + added.y;
+            float first = 0, second = 0;
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+                first += product[i][4 * j + 2 * h];
+                second += product[i][4 * j + 2 * h + 1];
+            }
+            first = rstd * scale.x * (first - mean * sum.x) + shift.x + added.x;
+            second = rstd * scale.y * (second - mean * sum.y) + shift.y + added.y;
             if (to.clips) {
                 first = zero_or_more(first - to.threshold);
                 second = zero_or_more(second - to.threshold);
@@ -212,6 +220,7 @@ __device__ __forceinline__ void multiply_few_rows(const FewRowsTile& tile,
             }
         }
     }
+    fence_async_proxy();  // what was read of a may be loaded anew
 }
 
 }  // namespace crate_kernels

@@ -22,6 +22,15 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, Barr
 }
 
 __device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, Barrier* barrier,
+                                          int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
+__device__ __forceinline__ void load_tile(void* to, const CUtensorMap* map, Barrier* barrier,
                                           int c0, int c1, int c2, int c3) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "

@@ -32,22 +32,9 @@ __device__ __forceinline__ uint32_t address_in_block(const void* pointer, int ra
     return address;
 }
 
-__device__ __forceinline__ float2 read_two_in_block(uint32_t address) {
-    float2 x;
-    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];"
-                 : "=f"(x.x), "=f"(x.y)
-                 : "r"(address)
+__device__ __forceinline__ void write_in_block(uint32_t address, float2 x) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x.x), "f"(x.y)
                  : "memory");
-    return x;
-}
-
-__device__ __forceinline__ float4 read_four_in_block(uint32_t address) {
-    float4 x;
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(address)
-                 : "memory");
-    return x;
 }
 
 // For reads that are done, by wgmma or the copy engine: orders the block's own memory accesses only
@@ -63,6 +50,18 @@ __device__ __forceinline__ void load_tile_for_both(void* to, const CUtensorMap* 
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(uint16_t{3})
+        : "memory");
+}
+
+// The same for all blocks of a larger one.
+template <int kBlocks>
+__device__ __forceinline__ void load_tile_for_all(void* to, const CUtensorMap* map,
+                                                  Barrier* barrier, int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2),
+        "h"(uint16_t((1 << kBlocks) - 1))
         : "memory");
 }
 

@@ -60,4 +60,51 @@ __device__ __forceinline__ void attend_rows(const T* w, int rows, T* staging,
     }
 }
 
+// The same of the row tile from `begin` on by a warpgroup that has the multiprocessor to itself:
+// every score is on its way before the first is needed, and products are not waited for. w: kTiles
+// tiles of rows, zero from row n on. False, and nothing stored, where attend_rows has to do it.
+template <typename T, int kHeadDim, int kTiles>
+__device__ __forceinline__ bool attend_tile_at_once(const T* w, T* staging,
+                                                    const CUtensorMap* o_map, float* lse, int head,
+                                                    int batch, int begin, int n, float scale) {
+    constexpr int kRows = kTiles * kTile;
+    auto first_of = [&](int t) { return (begin + t * kTile) % kRows; };  // the own tile is tile 0
+    auto rows_of = [&](int t) { return w + first_of(t) * kChunkColumns; };
+    ForwardTile<T, kHeadDim> tile(rows_of(0), kRows, scale);
+    float s[kTiles][kTile / 2];
+    wgmma_fence();
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        multiply_rows<T, kHeadDim, kTile>(s[t], tile.queries, RowsOperand(rows_of(t), kRows));
+        wgmma_commit();
+    }
+    uint32_t p[2][kTile / 4];
+    tile.sum_0 = tile.sum_1 = 0;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) tile.o[i] = 0;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        if (t < 2) {
+            wgmma_wait<kTiles - 1>();
+        } else {
+            wgmma_wait<1>();
+            pin_registers(p[t % 2]);  // the product that read them is made
+        }
+        pin_registers(s[t]);
+        if (t == 0) tile.take_own_scores(s[0]);
+        tile.template mask<kTile>(s[t], first_of(t), n, false);
+        tile.template exponentials<kTile>(s[t], p[t % 2]);
+        wgmma_fence();
+        add_product<T, kHeadDim, kTile>(
+            tile.o, p[t % 2], low_word_transposed(rows_of(t), kRows * kChunkColumns * sizeof(T)));
+    }
+    wgmma_wait<0>();
+    pin_registers(tile.o);
+#pragma unroll
+    for (int t = 0; t < 2; ++t) pin_registers(p[t]);
+    if (__syncthreads_or(!tile.complete(begin, n))) return false;
+    tile.store(staging, o_map, lse, head, batch, begin, n);
+    return true;
+}
+
 }  // namespace crate_kernels

@@ -270,7 +270,7 @@ def test_prepared_inference_of_few_rows(batch, monkeypatch):
     monkeypatch.setattr(
         block, "encoder_of_few", lambda *a, run=block.encoder_of_few: ran.append(1) or run(*a)
     )
-    plain = small_crate().eval()
+    plain = small_crate(dim=384, heads=6).eval()
     ready = fused_copy(plain)
     prepare_for_inference(ready)
     x, _ = images(batch)
