@@ -151,6 +151,26 @@ def test_opcheck_crate_block(memory, c_dtype, out, follows):
         torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
 
 
+@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("c_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck_decoder_block(memory, c_dtype, with_bias):
+    inputs = {k: t.float() for k, t in block_inputs(2, 5, 2, 4).items()}
+    if not with_bias:
+        del inputs["b_out"]
+    given = [inputs.get(name) for name in ("x", *PARAMETERS)]
+    rest = (None, c_dtype, 2, 0.5, 1e-5, memory, "reference")
+    torch.library.opcheck(OPS.decoder_block, (*given, *rest))
+    leaves = [None if t is None else t.clone().requires_grad_() for t in given]
+    torch.library.opcheck(OPS.decoder_block, (*leaves, *rest))
+    y, moments, xc, *kept = OPS.decoder_block(*given, *rest)
+    assert moments.numel() == 0
+    saved = (torch.randn_like(y), given[0] if xc.numel() == 0 else xc, *kept, *given[1:])
+    for wants in ([True] * 9, [name in ("x", "w_qkv") for name in ("x", *PARAMETERS)]):
+        wants = [want and t is not None for want, t in zip(wants, given, strict=True)]
+        torch.library.opcheck(OPS.decoder_block_backward, (*saved, wants, *rest[2:]))
+
+
 @pytest.mark.parametrize("c_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SMALL_ISTA.values(), ids=SMALL_ISTA)
 def test_opcheck_ista_learned(shape, c_dtype):
@@ -275,6 +295,8 @@ def test_every_registered_op_is_checked_above():
             "crate_block_backward",
             "cross_entropy",
             "cross_entropy_backward",
+            "decoder_block",
+            "decoder_block_backward",
             "overcomplete_ista",
             "overcomplete_ista_backward",
             "patch_embedding",

@@ -22,7 +22,7 @@ from crate_kernels.nn.layers import log_once
 from crate_kernels.whitebox import trace
 
 DIM, HEADS, DIM_HEAD, DEPTH = 12, 3, 4, 3
-NORMS = 2 * DEPTH
+STEPS = 2 * DEPTH
 
 
 class Blocks(nn.ModuleList):
@@ -64,7 +64,7 @@ def fused_copy(model):
     return fused
 
 
-def test_one_op_between_two_steps_and_nothing_else_changes():
+def test_one_op_a_layer_and_nothing_else_changes():
     plain = decoder()
     fused = copy.deepcopy(plain)
     assert str(fuse(fused)) == f"replaced {DEPTH} Decoder, {DEPTH} MSSA; skipped 0"
@@ -73,9 +73,9 @@ def test_one_op_between_two_steps_and_nothing_else_changes():
     same(with_gradients(fused, tokens()), want)
     with torch.no_grad():
         y, count = calls(fused, tokens())
-        assert count == {"residual_norm": NORMS, "tied_attention": DEPTH}
+        assert count == {"decoder_block": DEPTH}
         y, count = calls(lambda x: one_by_one(fused, x), tokens())
-        assert count == {"residual_norm": NORMS, "tied_attention": DEPTH}
+        assert count == {"decoder_block": DEPTH}
     torch.testing.assert_close(y, want[0])
     assert fused.state_dict().keys() == plain.state_dict().keys()
     assert fused[0].dim == DIM  # what the published module holds besides
@@ -91,7 +91,7 @@ def test_unfuse_copy_and_pickle():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other[0]) is Decoder
         torch.testing.assert_close(other(tokens()), want)
-        assert calls(other, tokens())[1]["residual_norm"] == NORMS
+        assert calls(other, tokens())[1]["decoder_block"] == DEPTH
     assert str(unfuse(model)) == f"restored {DEPTH} Decoder, {DEPTH} MSSA; skipped 0"
     assert type(model[0]) is models.MAEDecoderBlock
     assert [set(vars(m)) for m in model.modules()] == before
@@ -150,12 +150,12 @@ def test_a_hooked_step_runs_module_by_module(name, caplog):
     handle = model.get_submodule(name).register_forward_hook(lambda *args: seen.append(args[2]))
     log_once.cache_clear()
     y, count = calls(model, tokens())
-    assert len(seen) == 1 and count["residual_norm"] == NORMS - 1
+    assert len(seen) == 1 and count["residual_norm"] == 1 and count["decoder_block"] == DEPTH - 1
     torch.testing.assert_close(y, want[0])
     same(with_gradients(model, tokens()), want)
     assert any(m.startswith("Decoder: a step runs unfused: ") for m in caplog.messages)
     handle.remove()
-    assert calls(model, tokens())[1]["residual_norm"] == NORMS
+    assert calls(model, tokens())[1]["decoder_block"] == DEPTH
 
 
 @pytest.mark.parametrize("name", ["1", *HOOKED])
@@ -179,7 +179,7 @@ def test_a_hook_on_a_block_and_a_replaced_forward_are_called():
     model[1].register_forward_hook(lambda m, args, y: seen.append(y))
     block.forward = lambda x: seen.append(x) or Decoder.forward(block, x)
     y, count = calls(model, tokens())
-    assert torch.equal(*seen) and count["residual_norm"] == NORMS
+    assert torch.equal(*seen) and count["decoder_block"] == DEPTH
     torch.testing.assert_close(y, want)
 
 
@@ -192,8 +192,8 @@ def test_hooks_on_all_modules_are_called():
         y, count = calls(model, tokens())
     finally:
         handle.remove()
-    assert seen.count(nn.LayerNorm) == seen.count(PreNorm) == NORMS
-    assert seen.count(Decoder) == DEPTH and "residual_norm" not in count
+    assert seen.count(nn.LayerNorm) == seen.count(PreNorm) == STEPS
+    assert seen.count(Decoder) == DEPTH and not count.keys() & {"decoder_block", "residual_norm"}
     torch.testing.assert_close(y, want)
 
 
@@ -249,8 +249,83 @@ def test_what_the_op_would_pass_over_runs_module_by_module(change):
     for block in model:
         want = block.plain_forward(want)
     y, count = calls(model, tokens())
-    assert count["residual_norm"] == NORMS - 1
+    assert count["residual_norm"] == 1 and count["decoder_block"] == DEPTH - 1
     torch.testing.assert_close(y, want)
+
+
+def differ_in_eps(block):
+    block.layers[0][0].norm.eps = 0.1
+
+
+def drop_projection(block):
+    block.layers[0][1] = PreNorm(DIM, MSSA(DIM, 1, DIM)).double()
+
+
+def drop_out(block):
+    block.layers[0][1].fn.dropout.p = 1.0
+
+
+@pytest.mark.parametrize("change", [differ_in_eps, drop_projection, drop_out])
+def test_what_only_the_op_of_a_layer_does_not_have_runs_step_by_step(change, caplog):
+    model = decoder()
+    fuse(model)
+    change(model[1])
+    log_once.cache_clear()
+    want = model[2].plain_forward(model[1].plain_forward(model[0].plain_forward(tokens())))
+    y, count = calls(model, tokens())
+    assert count["residual_norm"] == 2 and count["decoder_block"] == DEPTH - 1
+    assert any(m.startswith("Decoder: a layer runs step by step: ") for m in caplog.messages)
+    torch.testing.assert_close(y, want)
+
+
+def kept_elements(model, x):
+    """Of the tokens, for the backward pass, with autocast off."""
+    found = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: found.setdefault(t.data_ptr(), t) is None or t, lambda t: t
+    ):
+        model(x)
+    return sum(t.numel() for t in found.values() if t.shape == x.shape)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    model = decoder()
+    want = with_gradients(model, tokens())
+    assert str(fuse(model, memory="low")).startswith(f"replaced {DEPTH} Decoder")
+    assert {block.memory for block in model} == {"low"}
+    same(with_gradients(model, tokens()), want)
+    x = tokens().requires_grad_()
+    assert kept_elements(model, x) == 3 * DEPTH * x.numel()  # x, h, o
+    fuse(model, memory="default")
+    assert kept_elements(model, x) == 4 * DEPTH * x.numel()  # and w
+    same(with_gradients(model, tokens()), want)
+    with pytest.raises(ValueError, match="Decoder: expected memory to be one of"):
+        model[0].memory = "least"
+    unfuse(model)
+    assert not hasattr(model[0], "memory")
+
+
+def test_each_gradient_alone():
+    plain = decoder()
+    fused = fused_copy(plain)
+    _, dx, *grads = with_gradients(plain, tokens())
+    named = dict(fused.named_parameters())
+    for name, want in zip((None, *named), (dx, *grads), strict=True):
+        for other, p in named.items():
+            p.requires_grad_(other == name)
+        x = tokens().requires_grad_(name is None)
+        y = fused(x)
+        leaf = x if name is None else named[name]
+        weights = torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()
+        (got,) = torch.autograd.grad((y * weights).sum(), leaf)
+        torch.testing.assert_close(got, want)
+
+
+def test_tokens_of_another_width_are_refused():
+    model = decoder()
+    fuse(model)
+    with pytest.raises(ValueError, match=r"decoder_block: expected w_qkv of shape"):
+        model(tokens()[..., :8])
 
 
 def test_a_note_says_what_keeps_steps_unfused():
@@ -270,7 +345,7 @@ def test_an_observer_sees_every_block():
     seen = []
     with model[1].observed(lambda *args: seen.append(args)):
         y, count = calls(model, tokens())
-    assert count["residual_norm"] == NORMS
+    assert count["decoder_block"] == DEPTH
     torch.testing.assert_close(y, want)
     ((block, i, x, after),) = seen
     assert (block, i) == (model[1], 0)
@@ -293,7 +368,7 @@ def test_a_trace_of_a_fused_model_gives_the_same_numbers():
     fuse(model)
     with trace(model, attention=True) as after:
         _, count = calls(lambda img: model(img, mask=mask), img)
-    assert count["residual_norm"] == 4 and count["crate_block"] == 2
+    assert count["decoder_block"] == 2 and count["crate_block"] == 2
     names = [f"decoder_blocks.{i}.layers.0.1.fn" for i in range(2)]
     assert after.layers == before.layers and after.layers[2:] == names
     for layer in range(4):
@@ -308,7 +383,7 @@ def test_replicas():
     fuse(wrapped)
     worker = replica(wrapped.module)
     y, count = calls(worker, tokens())
-    assert type(worker[0]) is Decoder and count["residual_norm"] == NORMS
+    assert type(worker[0]) is Decoder and count["decoder_block"] == DEPTH
     torch.testing.assert_close(y, plain(tokens()))
     worker(tokens()).square().sum().backward()
     plain(tokens()).square().sum().backward()
@@ -348,7 +423,7 @@ def test_built_directly():
     model = Decoder([pair, copy.deepcopy(pair)]).double()
     want = model.plain_forward(tokens())
     y, count = calls(model, tokens())
-    assert count["residual_norm"] == 4
+    assert count["decoder_block"] == 2
     torch.testing.assert_close(y, want)
     seen = []
     with model.observed(lambda *args: seen.append(args[1:])):
@@ -421,7 +496,7 @@ def test_the_published_words_are_recognised():
         assert str(fuse(model)) == "replaced 1 Decoder, 1 MSSA; skipped 0"
         assert type(model) is Decoder
         same(with_gradients(model, tokens()), want)
-        assert calls(model, tokens())[1]["residual_norm"] == 2
+        assert calls(model, tokens())[1]["decoder_block"] == 1
         assert {layer.reason for layer in fuse(model).skipped} == {"fused already"}
         unfuse(model)
         assert type(model).__name__ == "Lookalike"

@@ -201,28 +201,30 @@ def explain_crate_block(
     return backends.Explanation("crate_block", chosen, reasons)
 
 
-def _check_block(x: Tensor, parameters: tuple[Tensor | None, ...], heads: int) -> None:
+def _check_block(
+    x: Tensor, parameters: tuple[Tensor | None, ...], heads: int, op: str = "crate_block"
+) -> None:
     named = dict(zip(PARAMETERS, parameters, strict=True))
     optional = {name: named.pop(name) for name in ("w_out", "b_out")}
-    check_tensors("crate_block", {"x": x, **named}, optional)
+    check_tensors(op, {"x": x, **named}, optional)
     if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
-        refuse("crate_block", "x of shape (B, N, D) with N > 0 and D > 0", tuple(x.shape))
+        refuse(op, "x of shape (B, N, D) with N > 0 and D > 0", tuple(x.shape))
     d = x.shape[2]
     w_qkv: Any = named["w_qkv"]
     if w_qkv.dim() != 2 or w_qkv.shape[1] != d:
-        refuse("crate_block", f"w_qkv of shape (heads*head_dim, D = {d})", tuple(w_qkv.shape))
+        refuse(op, f"w_qkv of shape (heads*head_dim, D = {d})", tuple(w_qkv.shape))
     inner = w_qkv.shape[0]
-    check_heads("crate_block", heads, inner)
+    check_heads(op, heads, inner)
     if optional["w_out"] is None and inner != d:
-        refuse("crate_block", f"w_out of shape {(d, inner)}, or heads*head_dim = D", "None")
+        refuse(op, f"w_out of shape {(d, inner)}, or heads*head_dim = D", "None")
     if optional["w_out"] is None and optional["b_out"] is not None:
-        refuse("crate_block", "b_out only together with w_out", "b_out without w_out")
+        refuse(op, "b_out only together with w_out", "b_out without w_out")
     wanted: dict[str, tuple[int, ...]] = {name: (d,) for name in named if name.startswith("norm")}
     wanted |= {"weight": (d, d), "w_out": (d, inner), "b_out": (d,)}
     for name, shape in wanted.items():
         t = {**named, **optional}[name]
         if t is not None and t.shape != shape:
-            refuse("crate_block", f"{name} of shape {shape}", tuple(t.shape))
+            refuse(op, f"{name} of shape {shape}", tuple(t.shape))
 
 
 # ---- the schedule

@@ -55,7 +55,8 @@ def normalise_backward(
     wants_sum: bool,
     masks: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """dz = the norm's gradient (+ skip), h again, dgamma, dbeta, and the sum of dz over rows.
+    """dz = the norm's gradient (+ skip), h again, dgamma, dbeta, and the sum over rows of dz, or of
+    the skip where there is one.
 
     Where ``masks``, dz is 0 where z is.
     The sums are in the dtype of the stats.
@@ -71,7 +72,8 @@ def normalise_backward(
     if masks:
         dz = dz.masked_fill(z == 0, 0)
     h = torch.addcmul(bc, (wide - mean) * rstd, gc).to(z.dtype) if wants_h else None
-    dsum = dz.flatten(0, -2).sum(0) if wants_sum else None
+    summed = dz if skip is None else skip.to(wide.dtype)
+    dsum = summed.flatten(0, -2).sum(0) if wants_sum else None
     return dz.to(z.dtype), h, dgamma, dbeta, dsum
 
 

@@ -8,7 +8,7 @@
     backward  t = gamma dh, zhat = (z - mean) rstd                         normalise_backward_kernel
               dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is), and h again
               dp = s dz, dgamma = sum dh zhat, dbeta = sum dh              and sum_partials_kernel
-              db = sum dz or ds = sum dz p
+              db = sum dz (of skip, where there is one) or ds = sum dz p
 
 There is no s here: crate_kernels/residual_norm has one, a tensor or a number.
 
@@ -197,7 +197,8 @@ def normalise_backward_kernel(
     ADD: tl.constexpr, WRITE_H: tl.constexpr, SUM_DZ: tl.constexpr, MASK: tl.constexpr,
     FACTOR: tl.constexpr = 1.0,
 ):  # fmt: skip
-    """PARTIALS (programs, 2 or 3, D): a program's share of dgamma, dbeta and dz (P) summed."""
+    """PARTIALS (programs, 2 or 3, D): shares of dgamma, of dbeta and of the sum of dz P, else of
+    SKIP, else of dz."""
     col = tl.arange(0, BLOCK)[None, :]
     gamma = tl.load(GAMMA + col, mask=col < D, other=0.0).to(tl.float32)
     if WRITE_H:
@@ -244,6 +245,8 @@ def normalise_backward_kernel(
         if SUM_DZ:
             if P is not None:
                 dz *= p.to(tl.float32)
+            elif ADD:
+                dz = skip.to(tl.float32)
             sum_dz += tl.where(inside, dz, 0.0)
     sums = 3 if SUM_DZ else 2
     to = PARTIALS + tl.program_id(0) * (sums * D) + tl.arange(0, BLOCK)

@@ -79,7 +79,23 @@ class Layers(nn.Module):
         return [step for pair in layers for step in pair]
 
 
-class Encoder(Layers):
+class Blocks(Layers):
+    """Layers that run as one op each."""
+
+    _memory = "default"
+
+    @property
+    def memory(self) -> str:
+        """What each layer keeps for the backward pass; may be set."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        check_memory(type(self).__name__, value)
+        self._memory = value
+
+
+class Encoder(Blocks):
     r"""A stack of CRATE layers, ``z = x + MSSA(LN(x))``, ``x = ISTA(LN(z))``; x is (B, N, D).
 
     Each layer is one :func:`crate_kernels.crate_block`, or its modules one by one where the op
@@ -106,7 +122,6 @@ class Encoder(Layers):
     Source: arXiv 2311.13110, section 2.
     """
 
-    _memory = "default"
     constants: Constants | None = None  # of prepare_for_inference
 
     def __init__(
@@ -120,16 +135,6 @@ class Encoder(Layers):
             if reason is not None:
                 refuse("Encoder", "steps that compute fn(norm(x))", f"one where {reason}")
         self.know_steps()
-
-    @property
-    def memory(self) -> str:
-        """What each layer keeps for the backward pass; may be set."""
-        return self._memory
-
-    @memory.setter
-    def memory(self, value: str) -> None:
-        check_memory("Encoder", value)
-        self._memory = value
 
     def forward(
         self, x: Tensor, return_attention: bool = False, return_key: bool = False

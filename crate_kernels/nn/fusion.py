@@ -14,7 +14,7 @@ from torch import nn
 from ..checks import refuse
 from .alpha_encoder import AlphaEncoder
 from .decoder import Decoder
-from .encoder import Encoder, Layers, check_memory, unfused_block_reason
+from .encoder import Blocks, Encoder, Layers, check_memory, unfused_block_reason
 from .encoder_recognition import (
     looks_like_alpha_encoder,
     looks_like_decoder,
@@ -96,12 +96,12 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
     """Run the published MSSA and ISTA layers in ``model`` on this library's ops, from now on.
 
     An encoder of swapped layers becomes an :class:`Encoder`, which runs each layer as one op
-    (:func:`crate_kernels.crate_block`); other layers run MSSA and ISTA as an op each, as do those
-    of CRATE-alpha (:func:`crate_kernels.overcomplete_ista`), whose encoder becomes an
-    :class:`AlphaEncoder`, with one op between the steps (:func:`crate_kernels.residual_norm`), as a
-    block of CRATE-MAE's decoder becomes a :class:`Decoder`. The stem ``to_patch_embedding`` becomes
-    a :class:`PatchEmbedding`, a stem that is a convolution, in a model with such layers, a
-    :class:`PatchProjection`.
+    (:func:`crate_kernels.crate_block`), a block of CRATE-MAE's decoder a :class:`Decoder`, with one
+    op for each layer as well; other layers run MSSA and ISTA as an op each, as do those of
+    CRATE-alpha (:func:`crate_kernels.overcomplete_ista`), whose encoder becomes an
+    :class:`AlphaEncoder`, with one op between the steps (:func:`crate_kernels.residual_norm`). The
+    stem ``to_patch_embedding`` becomes a :class:`PatchEmbedding`, a stem that is a convolution, in
+    a model with such layers, a :class:`PatchProjection`.
 
     Layers are found by what they hold and compute, wherever they were defined: the published
     CRATE, CRATE-alpha and CRATE-MAE, inside DataParallel and
@@ -113,9 +113,10 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
 
     Args:
         model: any module.
-        memory: "default" or "low": what the layers of an encoder and of CRATE-alpha keep for the
-            backward pass (:func:`crate_kernels.crate_block`,
-            :func:`crate_kernels.overcomplete_ista`), those swapped before included. None leaves
+        memory: "default" or "low": what the layers of an encoder, of CRATE-MAE's decoder and of
+            CRATE-alpha keep for the backward pass (:func:`crate_kernels.crate_block`,
+            :class:`Decoder`, :func:`crate_kernels.overcomplete_ista`), those swapped before
+            included. None leaves
             these as they are, and takes "default" for others.
 
     Returns:
@@ -147,7 +148,7 @@ def fuse(model: nn.Module, *, memory: str | None = None) -> Report:
             module.memory = memory or "default"
         report.replaced.append(Layer(name, kind.__name__, _note(module)))
     for name, module in _layers("fuse", model):
-        if isinstance(module, Encoder):
+        if isinstance(module, Blocks):
             module.memory = memory or module.memory
         if isinstance(module, Layers):
             kind_name = next(kind.__name__ for kind, *_ in STACKS if isinstance(module, kind))
@@ -190,7 +191,7 @@ def _fuse_stack(name: str, module: Any, memory: str | None, seen: Verdicts, repo
         return
     module._unfused_class = type(module)
     module.__class__ = kind
-    if kind is Encoder:
+    if isinstance(module, Blocks):
         module.memory = memory or "default"
     module.know_steps()
     note = _encoder_note(module) if kind is Encoder else _steps_note(module)

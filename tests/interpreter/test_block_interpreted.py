@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from decoders import layers_of_ours, published_layers
 from helpers import (
     HALVES,
     assert_as_close_as_plain,
@@ -140,6 +141,17 @@ def test_layer(dtype, memory):
         plain = results(published_block, inputs, dy, **options)
         exact = results(published_block, inputs, dy, torch.float64, **options)
         assert_as_close_as_plain(got, plain, exact, (b, n, h, hd, causal))
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_layer_of_a_decoder(memory):
+    for b, n, h, hd in [(2, 9, 2, 16), (1, 5, 1, 24)]:
+        inputs = {k: t.half() for k, t in block_inputs(b, n, h, hd).items()}
+        dy, options = torch.randn_like(inputs["x"]), {"heads": h, "depth": 2}
+        got = results(layers_of_ours, inputs, dy, memory=memory, backend="triton", **options)
+        plain = results(published_layers, inputs, dy, **options)
+        exact = results(published_layers, inputs, dy, torch.float64, **options)
+        assert_as_close_as_plain(got, plain, exact, (b, n, h, hd))
 
 
 def test_nan_stays_in_its_image():
