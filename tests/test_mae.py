@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal_results
+from helpers import assert_equal_results, calls
 from torch import nn
 
 import crate_kernels
 from crate_kernels import models
 from crate_kernels.models import patches
+from crate_kernels.nn import encoder
 
 SIZE = {
     "image_size": 8, "patch_size": 2, "dim": 12, "depth": 2, "heads": 3,
@@ -216,6 +217,91 @@ def test_fuse_takes_encoder_and_decoder():
     assert str(report) == f"replaced {kinds}; skipped 0"
     crate_kernels.unfuse(model)
     assert [type(m) for m in model.modules()] == before
+
+
+def fused(**options):
+    model = tiny(**options)
+    crate_kernels.fuse(model)
+    return model
+
+
+def test_norms_between_fused_blocks_are_ops():
+    model, img = fused(), images()
+    want = model(img, mask=torch.ones(3, 16))[1]
+    _, count = calls(model, img)
+    assert count == {"crate_block": 2, "decoder_block": 2, "residual_norm": 2}
+    seen = []
+    model.norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    y, count = calls(lambda img: model(img, mask=torch.ones(3, 16))[1], img)
+    assert len(seen) == 1 and count["residual_norm"] == 1
+    torch.testing.assert_close(y, want)
+    model.decoder_norm = nn.RMSNorm(12).double()
+    assert "residual_norm" not in calls(model, img)[1]
+    crate_kernels.unfuse(model)
+    assert calls(model, img)[1] == {}
+
+
+@pytest.mark.parametrize("blocks", [3, 5])
+def test_fused_blocks_hand_over_what_they_know_where_nobody_looks(blocks, monkeypatch):
+    model, img, places = fused(depth=blocks), images(), []
+    want = model(img, mask=torch.ones(3, 16))[1]
+
+    def chained_block(*args, follows, precedes, **kwargs):
+        places.append((follows, precedes))
+        return run(*args, follows=follows, precedes=precedes, **kwargs)
+
+    run = encoder.chained_block
+    monkeypatch.setattr(encoder, "chained_block", chained_block)
+
+    def between():
+        places.clear()
+        y = model(img, mask=torch.ones(3, 16))[1]
+        torch.testing.assert_close(y, want)
+        assert [a for a, _ in places[1:]] == [b for _, b in places[:-1]]
+        assert not places[0][0] and not places[-1][1]
+        return [b for _, b in places[:-1]]
+
+    assert between() == [True] * (blocks - 1)
+    seen = []
+    with model.blocks[1].observed(lambda *args: seen.append(args)):
+        assert between() == [False, False, True, True][: blocks - 1]
+    assert len(seen) == 1
+    handle = model.blocks[1].register_forward_hook(lambda *args: seen.append(args))
+    assert between() == [False, False, True, True][: blocks - 1] and len(seen) == 2
+    handle.remove()
+    # A step run module by module is a layer less in the row.
+    model.blocks[1].layers[0][0].register_forward_hook(lambda *args: seen.append(args))
+    assert len(between()) == blocks - 2 and len(seen) == 3
+    crate_kernels.unfuse(model.blocks[1])
+    assert len(between()) == blocks - 2
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, None])
+def test_codes_are_in_the_dtype_of_the_unfused_model(autocast):
+    model, img = tiny().float(), images().float()
+    seen = []
+    model.blocks[1].register_forward_hook(lambda m, args, y: seen.append((args[0].dtype, y.dtype)))
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            codes, _ = model.forward_encoder(img, 0.5)
+            _, predicted, _ = model(img)
+        found.append((codes.dtype, predicted.dtype, seen.pop(), seen.pop()))
+        crate_kernels.fuse(model)
+    assert found[0] == found[1]
+
+
+def test_compiles_into_one_graph():
+    torch.compiler.reset()
+    model, img, mask = fused(depth=3), images(), torch.ones(3, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    (compiled(img, mask=mask)[0]).backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(img, mask=mask)[0].backward()
+    want = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_equal_results(got, want, "compiled")
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from ..models import bert, gpt
 from ..models.bert import ALL, CRATEBERT, BERTLayer, BERTOutput, BERTSelfAttention, Seen
 from ..models.crate import PreNorm, Transformer
 from ..models.gpt import CRATEGPT, CausalBlock
-from ..models.mae import MAEEncoderBlock
+from ..models.mae import MAEEncoderBlock, MaskedAutoencoder
 from . import masks
 from .workloads import MODELS, Workload
 
@@ -309,12 +309,15 @@ def _model(form: str, w: Workload, model: nn.Module) -> nn.Module:
 
 
 def _keep_narrow(model: nn.Module) -> None:
-    """What enters the encoder, and each norm and step of it returns, in autocast's dtype."""
+    """What enters the encoder, and each norm and step of it returns, in autocast's dtype, and of
+    CRATE-MAE the encoder's result."""
 
     def narrow(t: Tensor) -> Tensor:
         return t.to(autocast_dtype(t))
 
     for module in model.modules():
+        if isinstance(module, MaskedAutoencoder):
+            module.norm.register_forward_hook(lambda _, args, out: narrow(out))
         if not isinstance(module, (Transformer, MAEEncoderBlock)):
             continue
         module.register_forward_pre_hook(lambda _, args: (narrow(args[0]),))

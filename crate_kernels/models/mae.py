@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import refuse
-from ..nn.decoder import run_decoders
-from ..nn.encoder import Encoder
-from ..nn.layers import Attention, is_called_plainly
+from ..library import autocast_dtype
+from ..nn.decoder import Decoder, run_decoders
+from ..nn.encoder import Encoder, run_encoders
+from ..nn.layers import Attention
+from ..nn.steps import normed
 from .crate import PreNorm, block
 from .patches import PatchEmbed, interpolate_positions, patchify, sincos_positions, unpatchify
 
@@ -207,7 +209,7 @@ class MaskedAutoencoder(nn.Module):
 
         ``generator`` draws the masks, on the device of img; a given ``mask`` is taken as it is.
         """
-        latent, mask = self.forward_encoder(img, mask_ratio, generator, mask)
+        latent, mask = self.forward_encoder(img, mask_ratio, generator, mask, narrow=True)
         predicted = self.forward_decoder(latent)
         return self.forward_loss(img, predicted, mask), predicted, mask
 
@@ -217,8 +219,12 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float,
         generator: torch.Generator | None = None,
         mask: Tensor | None = None,
+        narrow: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Images -> codes (B, 1 + n, dim), the class token first, and the mask (B, n)."""
+        """Images -> codes (B, 1 + n, dim), the class token first, and the mask (B, n).
+
+        ``narrow`` leaves the codes in the dtype in which a fused encoder has its tokens.
+        """
         x = self.patch_embed(img)
         if x.shape[1] != self.patch_embed.num_patches:
             wanted = f"images of {self.patch_embed.num_patches} patches of {self.patch_size}"
@@ -228,7 +234,7 @@ class MaskedAutoencoder(nn.Module):
         elif mask.shape != x.shape[:2]:
             refuse("MaskedAutoencoder", f"mask of shape {tuple(x.shape[:2])}", tuple(mask.shape))
         x = torch.where(mask[..., None] > 0, self.mask_token.to(x.dtype), x)
-        return self._encode(x, self.decoder_pos_embed), mask
+        return self._encode(x, self.decoder_pos_embed, narrow), mask
 
     def _mask(self, x: Tensor, ratio: float, generator: torch.Generator | None) -> Tensor:
         """(B, n): in each item a part ``ratio`` of the patches, those of largest random noise."""
@@ -240,19 +246,20 @@ class MaskedAutoencoder(nn.Module):
         rank = noise.argsort(dim=1).argsort(dim=1)
         return (rank >= kept).float()
 
-    def _encode(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _encode(self, x: Tensor, positions: Tensor, narrow: bool) -> Tensor:
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + positions
-        layer: Any
-        for layer in self.blocks:
-            # The next norm takes tokens in the dtype that a fused layer has them in.
-            narrow = type(layer) is Encoder and x.is_cuda and is_called_plainly(layer)
-            x = layer.narrow(x) if narrow else layer(x)
-        return self.norm(x)
+        wide = torch.promote_types(x.dtype, autocast_dtype(x))
+        x = run_encoders(self.blocks, x)
+        if narrow and any(type(block) is Encoder for block in self.blocks):
+            return normed(self.norm, x)
+        return self.norm(x.to(torch.promote_types(x.dtype, wide)))
 
     def forward_decoder(self, x: Tensor) -> Tensor:
         """Codes (B, 1 + n, dim) -> predicted patches (B, n, p*p*C)."""
         x = run_decoders(self.decoder_blocks, x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        is_fused = any(type(block) is Decoder for block in self.decoder_blocks)
+        x = normed(self.decoder_norm, x) if is_fused else self.decoder_norm(x)
+        return self.decoder_pred(x)[:, 1:]
 
     def forward_loss(self, img: Tensor, predicted: Tensor, mask: Tensor) -> Tensor:
         """Mean squared difference of the patches that ``mask`` (B, n) counts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .layers import (
     MSSA,
     dropout_reason,
     has_hooks,
+    is_called_plainly,
     log_once,
     reason_against_dtypes,
     unfused_reason,
@@ -149,30 +150,7 @@ class Encoder(Blocks):
 
     def narrow(self, x: Tensor) -> Tensor:
         """:meth:`forward` in the dtype that the tokens have between the layers: one pass less."""
-        layers: Any = self.layers
-        reasons = [unfused_block_reason(attn, ff, self._steps, x) for attn, ff in layers]
-        # Between which layers: tokens that no observer sees go from op to op, nowhere else.
-        alone = not self._observers
-        if alone and self.constants is not None and not any(reasons):
-            y = _all_at_once(layers, x, self.constants)
-            if y is not None:
-                return y
-        chained = [alone and a is b is None for a, b in itertools.pairwise(reasons)]
-        chained = [False, *chained, False]
-        moments = None
-        for i, (attn, ff) in enumerate(layers):
-            reason = reasons[i]
-            if reason is None:
-                place = {"follows": chained[i], "precedes": chained[i + 1], "memory": self.memory}
-                y, moments = _run(attn, ff, x, moments, self.constants, i, **place)
-            else:
-                moments = None
-                if not torch.compiler.is_compiling():
-                    log_once(f"a layer of an Encoder runs unfused: {reason}")
-                y = ff(attn(x) + x)
-            self._observe(i, x, y)
-            x = y
-        return x
+        return _run_in_a_row([self], x)
 
     def train(self, mode: bool = True) -> Encoder:
         if mode:
@@ -180,6 +158,46 @@ class Encoder(Blocks):
         return super().train(mode)
 
     plain_forward = published_forward
+
+
+def run_encoders(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """``blocks`` one after the other; fused ones that come to nothing but their layers as the
+    layers of one :meth:`Encoder.narrow`, in whose dtype x is then returned."""
+    wide = torch.promote_types(x.dtype, autocast_dtype(x))
+    fused: list[Encoder] = []  # not run yet
+    for block in blocks:
+        if type(block) is Encoder and is_called_plainly(block):
+            fused.append(block)
+            continue
+        x = _run_in_a_row(fused, x)
+        fused = []
+        x = block(x.to(torch.promote_types(x.dtype, wide)))
+    return _run_in_a_row(fused, x)
+
+
+def _run_in_a_row(encoders: Sequence[Encoder], x: Tensor) -> Tensor:
+    layers: list[Any] = [(e, i, *pair) for e in encoders for i, pair in enumerate(e.layers)]
+    reasons = [unfused_block_reason(attn, ff, e._steps, x) for e, _, attn, ff in layers]
+    # Between which layers: tokens that no observer sees go from op to op, nowhere else.
+    alone = [r is None and not e._observers for r, (e, *_) in zip(reasons, layers, strict=True)]
+    if len(encoders) == 1 and encoders[0].constants is not None and all(alone):
+        y = _all_at_once(encoders[0].layers, x, encoders[0].constants)
+        if y is not None:
+            return y
+    chained = [False, *(a and b for a, b in itertools.pairwise(alone)), False]
+    moments = None
+    for k, (encoder, i, attn, ff) in enumerate(layers):
+        if reasons[k] is None:
+            place = {"follows": chained[k], "precedes": chained[k + 1], "memory": encoder.memory}
+            y, moments = _run(attn, ff, x, moments, encoder.constants, i, **place)
+        else:
+            moments = None
+            if not torch.compiler.is_compiling():
+                log_once(f"a layer of an Encoder runs unfused: {reasons[k]}")
+            y = ff(attn(x) + x)
+        encoder._observe(i, x, y)
+        x = y
+    return x
 
 
 def check_memory(caller: str, memory: Any) -> None:
@@ -291,10 +309,18 @@ def step_reason(
     if all(type(fn) is not kind for kind in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         return f"its {side} step is {type(fn).__name__}, not {expected}"
-    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
-        return f"its {side} norm is no plain nn.LayerNorm"
-    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-        return f"its {side} norm has no weight and bias of shape (D,)"
+    reason = norm_reason(norm)
+    if reason is not None:
+        return f"its {side} norm {reason}"
     if any(has_hooks(m) or "forward" in m.__dict__ for m in (step, norm, fn)):
         return f"its {side} step, norm or fn has hooks or a replaced forward"
+    return None
+
+
+def norm_reason(norm: Any) -> str | None:
+    """Why ``norm`` is not what our ops compute, hooks aside: a norm that ..."""
+    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
+        return "is no plain nn.LayerNorm"
+    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        return "has no weight and bias of shape (D,)"
     return None

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..residual_norm.op import residual_norm
-from .encoder import Layers, step_reason
-from .layers import MSSA, AlphaStep, log_once, reason_against_dtypes, unfused_reason
+from .encoder import Layers, norm_reason, step_reason
+from .layers import (
+    MSSA,
+    AlphaStep,
+    is_called_plainly,
+    log_once,
+    reason_against_dtypes,
+    unfused_reason,
+)
 
 Kinds = tuple[type[nn.Module], ...]
 _SCALE = frozenset({"layer_scale"})
@@ -38,6 +45,15 @@ def run_step(
         log_once(f"{type(owner).__name__}: a step runs unfused: {reason}")
     z = added(x, y, scale)
     return z, step(z), None
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """norm(x), where it is a plain LayerNorm in the dtype that a GEMM takes it in."""
+    fits = norm_reason(norm) is None and is_called_plainly(norm) and norm.eps > 0
+    if not fits or reason_against_dtypes(x, norm.weight, norm.bias) is not None:
+        y: Tensor = norm(x)
+        return y
+    return residual_norm(x, norm.weight, norm.bias, eps=norm.eps)[1]
 
 
 def added(x: Tensor, y: Tensor | None, scale: Tensor | float | None) -> Tensor:

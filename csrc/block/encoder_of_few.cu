@@ -21,7 +21,7 @@ namespace {
 using Tile = FewRowsTile;
 
 enum Product { kQkv, kOut, kGram, kProducts };
-constexpr int kSteps = kProducts + 1;  // of a layer, each with a counter
+constexpr int kCounters = kProducts + 1;  // of a layer: the products' and attention's
 constexpr int kTilesOfHead = 4, kRowsOfHead = kTilesOfHead * kTile;  // on chip, zero from n on
 constexpr int kSlots = 2;                                            // of weights
 constexpr int kLoader = Tile::kThreads - 32;  // of weights: not the thread that counts and waits
@@ -39,7 +39,7 @@ struct EncoderParams {
     const void* given;             // x
     void* out[kProducts];          // w, z, y
     float* lse;
-    uint32_t* counters;  // (depth, kSteps, row tiles)
+    uint32_t* counters;  // (depth, kCounters, row tiles)
     int depth, rows, d, cluster_columns, groups, heads, n, tiles_of_head, attention_tasks,
         rows_of_head;
     float scale, eps;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void wait_for_count(const uint32_t* counter, uint32_t
     asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-template <typename T, int kHeadDim, int kSteps>
+template <typename T, int kHeadDim, int kStepsOfK>
 __global__ void __cluster_dims__(Tile::kBlocks, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     encoder_of_few_kernel(const __grid_constant__ EncoderParams p) {
     // shared memory: rows of A, or a head; weights of this product and the next
@@ -107,7 +107,7 @@ __global__ void __cluster_dims__(Tile::kBlocks, 1, 1) __launch_bounds__(Tile::kT
         const int layer = index / kProducts, product = index % kProducts;
         // of this layer's steps; of z and of x there is one for each row tile
         auto counter = [&](int step, int row_tile = 0) {
-            return p.counters + ((layer * kSteps + step) * row_tiles + row_tile);
+            return p.counters + ((layer * kCounters + step) * row_tiles + row_tile);
         };
 
         if (product == kOut) {
@@ -164,7 +164,7 @@ __global__ void __cluster_dims__(Tile::kBlocks, 1, 1) __launch_bounds__(Tile::kT
                 if (product == kOut) {
                     wait_for_count(counter(kProducts), p.attention_tasks);
                 } else if (index > 0) {  // z, or x of the layer before
-                    wait_for_count(counter(product == kGram ? kOut : kGram - kSteps, row_tile),
+                    wait_for_count(counter(product == kGram ? kOut : kGram - kCounters, row_tile),
                                    blocks_of_row_tile);
                 }
                 tile.load_rows(area, a_map, a_loaded);
@@ -173,9 +173,9 @@ __global__ void __cluster_dims__(Tile::kBlocks, 1, 1) __launch_bounds__(Tile::kT
             auto load_next_weight = [&] {
                 if (thread == kLoader && index > 0 && row_tile == group) load_weight(index + 1);
             };
-            multiply_few_rows<T, kSteps>(tile, constants, to, area, a_loaded, a_parity,
-                                         weight_of(index % kSlots), weight_loaded + index % kSlots,
-                                         index / kSlots % 2, moments, load_next_weight);
+            multiply_few_rows<T, kStepsOfK>(
+                tile, constants, to, area, a_loaded, a_parity, weight_of(index % kSlots),
+                weight_loaded + index % kSlots, index / kSlots % 2, moments, load_next_weight);
             a_parity ^= 1;
             __syncthreads();
             if (thread == 0) count(counter(product, product == kQkv ? 0 : row_tile));
@@ -189,7 +189,7 @@ int shared_bytes(int d) {
     return kSwizzleAtomBytes + area_bytes<kHeadDim>(d) + kSlots * Tile::steps_of(d) * Tile::kBytesB;
 }
 
-template <typename T, int kHeadDim, int kSteps>
+template <typename T, int kHeadDim, int kStepsOfK>
 void launch(const EncoderOfFew& args, cudaStream_t stream) {
     int rows = args.batch * args.n, width = args.d;
     EncoderParams p{};
@@ -224,7 +224,7 @@ void launch(const EncoderOfFew& args, cudaStream_t stream) {
     p.attention_tasks = args.batch * args.heads * p.tiles_of_head;
     p.cluster_columns = ceil_div(width, Tile::kColumnsOfCluster);
 
-    auto kernel = encoder_of_few_kernel<T, kHeadDim, kSteps>;
+    auto kernel = encoder_of_few_kernel<T, kHeadDim, kStepsOfK>;
     // the same in every thread of the host
     allow_shared_memory(kernel, shared_bytes<kHeadDim>(kMostFewEncoderColumns));
 
@@ -258,12 +258,12 @@ void encoder_of_few(const EncoderOfFew& args, cudaStream_t stream) {
                 args.depth <= kMostFewEncoderLayers && args.heads > 0 &&
                 args.dtype != Dtype::kFloat32;
     auto run = [&](auto of_head, auto steps) {
-        constexpr int kHeadDim = decltype(of_head)::value, kSteps = decltype(steps)::value;
-        bool is_it = fits && args.d == kSteps * Tile::kDepth && args.d == args.heads * kHeadDim;
+        constexpr int kHeadDim = decltype(of_head)::value, kStepsOfK = decltype(steps)::value;
+        bool is_it = fits && args.d == kStepsOfK * Tile::kDepth && args.d == args.heads * kHeadDim;
         if (is_it && args.dtype == Dtype::kFloat16) {
-            launch<__half, kHeadDim, kSteps>(args, stream);
+            launch<__half, kHeadDim, kStepsOfK>(args, stream);
         } else if (is_it) {
-            launch<__nv_bfloat16, kHeadDim, kSteps>(args, stream);
+            launch<__nv_bfloat16, kHeadDim, kStepsOfK>(args, stream);
         }
         return is_it;
     };

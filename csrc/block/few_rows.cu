@@ -19,7 +19,7 @@ int shared_bytes(int k) {
     return kSwizzleAtomBytes + Tile::bytes_of_rows(k) + Tile::steps_of(k) * Tile::kBytesB;
 }
 
-template <typename T, int kSteps>
+template <typename T, int kStepsOfK>
 __global__ void __cluster_dims__(Tile::kBlocks, 1, 1) __launch_bounds__(Tile::kThreads)
     few_rows_kernel(const __grid_constant__ FewRowsParams p) {
     // shared memory
@@ -43,12 +43,12 @@ __global__ void __cluster_dims__(Tile::kBlocks, 1, 1) __launch_bounds__(Tile::kT
     wait_for_kernel_before();
     let_next_kernel_start();  // not earlier: one kernel's weights at a time
     if (threadIdx.x == 0) tile.load_rows(a, &p.a, a_loaded);
-    multiply_few_rows<T, kSteps>(tile, constants, p.to, a, a_loaded, 0, b, &b_loaded, 0, moments,
-                                 [] {});
+    multiply_few_rows<T, kStepsOfK>(tile, constants, p.to, a, a_loaded, 0, b, &b_loaded, 0, moments,
+                                    [] {});
     sync_cluster();  // before all have their rows, none may end
 }
 
-template <typename T, int kSteps>
+template <typename T, int kStepsOfK>
 void launch(const FewRows& args, cudaStream_t stream) {
     FewRowsParams p{};
     p.a = few_rows_map(args.a, args.dtype, args.rows, args.k);
@@ -64,10 +64,11 @@ void launch(const FewRows& args, cudaStream_t stream) {
             .threshold = args.threshold,
             .clips = args.clips};
     p.k = args.k;
-    allow_shared_memory(few_rows_kernel<T, kSteps>, shared_bytes(args.k));
+    allow_shared_memory(few_rows_kernel<T, kStepsOfK>, shared_bytes(args.k));
     dim3 grid(ceil_div(args.n, Tile::kColumnsOfCluster) * Tile::kBlocks,
               ceil_div(args.rows, Tile::kRows));
-    launch_early(few_rows_kernel<T, kSteps>, grid, Tile::kThreads, shared_bytes(args.k), stream, p);
+    launch_early(few_rows_kernel<T, kStepsOfK>, grid, Tile::kThreads, shared_bytes(args.k), stream,
+                 p);
 }
 
 }  // namespace
@@ -75,12 +76,12 @@ void launch(const FewRows& args, cudaStream_t stream) {
 void few_rows(const FewRows& args, cudaStream_t stream) {
     bool fits = args.rows > 0 && args.n > 0 && args.n % 8 == 0 && args.dtype != Dtype::kFloat32;
     auto run = [&](auto steps) {
-        constexpr int kSteps = decltype(steps)::value;
-        bool is_it = fits && args.k == kSteps * Tile::kDepth;
+        constexpr int kStepsOfK = decltype(steps)::value;
+        bool is_it = fits && args.k == kStepsOfK * Tile::kDepth;
         if (is_it && args.dtype == Dtype::kFloat16) {
-            launch<__half, kSteps>(args, stream);
+            launch<__half, kStepsOfK>(args, stream);
         } else if (is_it) {
-            launch<__nv_bfloat16, kSteps>(args, stream);
+            launch<__nv_bfloat16, kStepsOfK>(args, stream);
         }
         return is_it;
     };

@@ -110,7 +110,7 @@ struct FewRowsConstants {
 //
 // Every wait comes before the products: descriptors stay in uniform registers as long as nothing
 // may diverge, and products whose descriptors have to be brought there take 100 cycles, not 30.
-template <typename T, int kSteps, typename OnRows>
+template <typename T, int kStepsOfK, typename OnRows>
 __device__ __forceinline__ void multiply_few_rows(const FewRowsTile& tile,
                                                   const FewRowsConstants& constants,
                                                   const FewRowsEpilogue& to, const char* a,
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_few_rows(const FewRowsTile& tile,
     const uint32_t rows = low_word(a), columns = low_word(b);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < kStepsOfK; ++step) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
             wgmma<Tile::kColumns, T>::template from_shared<kNo, kNo>(

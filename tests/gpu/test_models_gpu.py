@@ -21,7 +21,7 @@ from crate_kernels import (
 )
 from crate_kernels.bench import workloads
 from crate_kernels.bench.check import compare
-from crate_kernels.bench.model_cases import ModelCase
+from crate_kernels.bench.model_cases import MaskedCase, ModelCase
 from crate_kernels.bench.peers import candidate
 from crate_kernels.models import CRATE, MaskedAutoencoder
 
@@ -60,11 +60,15 @@ def gradients(model, *batch, share=1.0, **kwargs):
     return [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("crate_small", "bf16"), ("crate_tiny", "fp16")])
+PUBLISHED = [("crate_small", "bf16"), ("crate_tiny", "fp16"), ("crate_mae_base", "bf16")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), PUBLISHED)
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_a_published_size_passes_the_benchmarks_gate(name, dtype, mode):
     w = workloads.model(name, mode, 8, dtype=dtype)
-    case = ModelCase.make(w, torch.device("cuda", 0), torch.Generator("cuda").manual_seed(0))
+    kind = MaskedCase if name == "crate_mae_base" else ModelCase
+    case = kind.make(w, torch.device("cuda", 0), torch.Generator("cuda").manual_seed(0))
     reference = case.reference()
     plain = case.outputs(candidate("eager-narrow"))
     for ours in ("crate_kernels", "crate_kernels-low"):
