@@ -35,7 +35,13 @@ CUDA_ISTA_LEAST = 128 * 128 * 132
 # takes 2.18 ms against 2.47, forward and backward.
 CUDA_OVERCOMPLETE_LEAST_D = 384
 # Ops that csrc/ has no kernels for.
-WITHOUT_CUDA = ("cross_entropy", "residual_norm", "tied_attention_decode")
+WITHOUT_CUDA = (
+    "cross_entropy",
+    "masked_loss",
+    "masked_tokens",
+    "residual_norm",
+    "tied_attention_decode",
+)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256
 

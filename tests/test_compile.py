@@ -17,6 +17,7 @@ from helpers import (
     patch_embedding_inputs,
     results,
 )
+from maskeds import loss_inputs, tokens_inputs
 from residuals import FORMS, cast, residual_inputs
 from thresholds import threshold_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -246,6 +247,28 @@ def test_opcheck_cross_entropy(dtype, vocab_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_masked_tokens(dtype):
+    x, mask, *given = tokens_inputs(2, 3, 8).values()
+    rest = (mask, *given, dtype, "reference")
+    torch.library.opcheck(OPS.masked_tokens, (x.to(dtype), *rest))
+    leaf, *learned = (t.clone().requires_grad_() for t in (x.to(dtype), *given[:2]))
+    torch.library.opcheck(OPS.masked_tokens, (leaf, mask, *learned, *rest[3:]))
+    dy = torch.randn_like(OPS.masked_tokens(x.to(dtype), *rest))
+    torch.library.opcheck(OPS.masked_tokens_backward, (dy, mask, dtype, "reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_masked_loss(dtype):
+    predicted, img, mask = (t.to(dtype) for t in loss_inputs(2, 3, (1, 2), 2).values())
+    rest = (img, mask, 2, True, "reference")
+    torch.library.opcheck(OPS.masked_loss, (predicted, *rest))
+    torch.library.opcheck(OPS.masked_loss, (predicted.detach().requires_grad_(), *rest))
+    loss, count = OPS.masked_loss(predicted, *rest)
+    saved = (torch.randn_like(loss), predicted, img, mask, count, *rest[2:])
+    torch.library.opcheck(OPS.masked_loss_backward, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck_tied_attention_decode(dtype):
     w, cache, lengths = decode_inputs(2, 2, 4, 9, (4, 7))
     given = (w.to(dtype), cache.to(dtype), lengths, 2, 0.5, "reference")
@@ -297,6 +320,10 @@ def test_every_registered_op_is_checked_above():
             "cross_entropy_backward",
             "decoder_block",
             "decoder_block_backward",
+            "masked_loss",
+            "masked_loss_backward",
+            "masked_tokens",
+            "masked_tokens_backward",
             "overcomplete_ista",
             "overcomplete_ista_backward",
             "patch_embedding",

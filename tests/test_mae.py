@@ -225,11 +225,12 @@ def fused(**options):
     return model
 
 
-def test_norms_between_fused_blocks_are_ops():
+def test_what_is_around_fused_blocks_is_ops():
     model, img = fused(), images()
     want = model(img, mask=torch.ones(3, 16))[1]
     _, count = calls(model, img)
-    assert count == {"crate_block": 2, "decoder_block": 2, "residual_norm": 2}
+    around = {"masked_tokens": 1, "residual_norm": 2, "masked_loss": 1}
+    assert count == {"crate_block": 2, "decoder_block": 2, **around}
     seen = []
     model.norm.register_forward_hook(lambda *args: seen.append(args[2]))
     y, count = calls(lambda img: model(img, mask=torch.ones(3, 16))[1], img)
@@ -239,6 +240,19 @@ def test_norms_between_fused_blocks_are_ops():
     assert "residual_norm" not in calls(model, img)[1]
     crate_kernels.unfuse(model)
     assert calls(model, img)[1] == {}
+
+
+def test_gradients_that_the_ops_do_not_have_are_pytorchs():
+    model, mask = fused(), (torch.rand(3, 16) < 0.5).double()
+    plain = tiny()
+    found = []
+    for m in (plain, model):
+        m.decoder_pos_embed.requires_grad_()
+        img, weights = images().requires_grad_(), mask.clone().requires_grad_()
+        loss = m(img, mask=weights)[0]
+        found.append(torch.autograd.grad(loss, [img, weights, m.decoder_pos_embed]))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("blocks", [3, 5])

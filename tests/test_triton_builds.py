@@ -20,6 +20,7 @@ from crate_kernels.cross_entropy import triton_kernels as cross_entropy_kernels
 from crate_kernels.decode import triton_kernels as decode_kernels
 from crate_kernels.ista import triton_kernels as ista_kernels
 from crate_kernels.ista.learned import triton_kernels as learned_kernels
+from crate_kernels.masked import triton_kernels as masked_kernels
 from crate_kernels.mssa import triton_kernels as mssa_kernels
 from crate_kernels.mssa.masks import Mask
 from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kernels
@@ -107,6 +108,7 @@ def launch_block(dtype, x_dtype, d):
         block_kernels.rounded(meta(2 * d, d, dtype=x_dtype), out, meta(d, d, dtype=x_dtype), dtype)
     block_kernels.normalise_backward(h, z, stats, gamma, gamma, None, True, True)
     block_kernels.normalise_backward(h, z, stats, gamma, gamma, z, False, False, True)
+    block_kernels.normalise_backward(h, z, stats, gamma, gamma, z, True, True)
 
 
 def launch_residual_norm(x_dtype, dtype, d):
@@ -128,6 +130,18 @@ def launch_cross_entropy(dtype, v, width, stride, label_dtype, ignore_index):
     labels = meta(300, dtype=label_dtype)
     loss, count, stats = cross_entropy_kernels.forward(logits, labels, v, ignore_index)
     cross_entropy_kernels.backward(loss, logits, labels, stats, count, v, ignore_index)
+
+
+def launch_masked_patches(dtype, img_dtype, channels, patch_size, d):
+    img = meta(2, channels, 2 * patch_size, 3 * patch_size, dtype=img_dtype)
+    mask, token = meta(2, 6, dtype=torch.float32), meta(1, 1, d, dtype=torch.float32)
+    given = (meta(2, 6, d, dtype=dtype), mask, token, token, meta(1, 7, d, dtype=img_dtype))
+    masked_kernels.tokens_backward(masked_kernels.tokens_forward(*given, dtype), mask, dtype)
+    predicted, one = meta(2, 7, channels * patch_size**2, dtype=dtype)[:, 1:], mask[0, 0]
+    for norm_pix in (False, True):
+        given = (predicted, img, mask, one, patch_size, norm_pix)
+        masked_kernels.loss_forward(*given)
+        masked_kernels.loss_backward(one, *given)
 
 
 def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):
@@ -249,6 +263,7 @@ def test_passes_over_rows_build(capability, x_dtype):
         for d in (20, 384, 768, 1024):
             launch_block(torch.bfloat16, x_dtype, d)
             launch_patch_embedding(torch.bfloat16, x_dtype, 3, (16, 16), d)
+            launch_masked_patches(torch.bfloat16, x_dtype, 3, 16, d)
         launch_patch_embedding(torch.bfloat16, x_dtype, 1, (14, 7), 33)
         launch_patch_embedding(torch.bfloat16, x_dtype, 3, (32, 32), 1280)
     check(builds, capability)

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import refuse
-from ..library import autocast_dtype
+from ..library import autocast_dtype, autocast_is_on
+from ..masked.op import masked_loss, masked_tokens
+from ..masked.reference import masked_tokens_reference
 from ..nn.decoder import Decoder, run_decoders
 from ..nn.encoder import Encoder, run_encoders
-from ..nn.layers import Attention
+from ..nn.layers import Attention, is_called_plainly
 from ..nn.steps import normed
 from .crate import PreNorm, block
 from .patches import PatchEmbed, interpolate_positions, patchify, sincos_positions, unpatchify
@@ -233,8 +235,18 @@ class MaskedAutoencoder(nn.Module):
             mask = self._mask(x, mask_ratio, generator)
         elif mask.shape != x.shape[:2]:
             refuse("MaskedAutoencoder", f"mask of shape {tuple(x.shape[:2])}", tuple(mask.shape))
-        x = torch.where(mask[..., None] > 0, self.mask_token.to(x.dtype), x)
-        return self._encode(x, self.decoder_pos_embed, narrow), mask
+        return self._encode(self._hidden(x, mask), narrow), mask
+
+    def _hidden(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Patches (B, n, dim) -> what enters the encoder, (B, 1 + n, dim)."""
+        given = (x, mask, self.mask_token, self.cls_token, self.decoder_pos_embed)
+        first = next(iter(self.blocks), None)
+        is_fused = type(first) is Encoder and is_called_plainly(first)
+        if not is_fused or self.decoder_pos_embed.requires_grad:
+            return masked_tokens_reference(*given)
+        # Before a swapped encoder the sum may be in autocast's dtype.
+        narrow = x.is_cuda and autocast_is_on("cuda")
+        return masked_tokens(*given, dtype=autocast_dtype(x) if narrow else None)
 
     def _mask(self, x: Tensor, ratio: float, generator: torch.Generator | None) -> Tensor:
         """(B, n): in each item a part ``ratio`` of the patches, those of largest random noise."""
@@ -246,23 +258,28 @@ class MaskedAutoencoder(nn.Module):
         rank = noise.argsort(dim=1).argsort(dim=1)
         return (rank >= kept).float()
 
-    def _encode(self, x: Tensor, positions: Tensor, narrow: bool) -> Tensor:
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + positions
-        wide = torch.promote_types(x.dtype, autocast_dtype(x))
+    def _encode(self, x: Tensor, narrow: bool) -> Tensor:
         x = run_encoders(self.blocks, x)
-        if narrow and any(type(block) is Encoder for block in self.blocks):
+        if not any(type(block) is Encoder for block in self.blocks):
+            return self.norm(x)
+        if narrow:
             return normed(self.norm, x)
-        return self.norm(x.to(torch.promote_types(x.dtype, wide)))
+        return self.norm(x.to(torch.promote_types(x.dtype, self.cls_token.dtype)))
 
     def forward_decoder(self, x: Tensor) -> Tensor:
         """Codes (B, 1 + n, dim) -> predicted patches (B, n, p*p*C)."""
         x = run_decoders(self.decoder_blocks, x)
         is_fused = any(type(block) is Decoder for block in self.decoder_blocks)
         x = normed(self.decoder_norm, x) if is_fused else self.decoder_norm(x)
-        return self.decoder_pred(x)[:, 1:]
+        # The gradient of a part of a split needs no zeros to be written into.
+        return self.decoder_pred(x).split((1, x.shape[1] - 1), dim=1)[1]
 
     def forward_loss(self, img: Tensor, predicted: Tensor, mask: Tensor) -> Tensor:
         """Mean squared difference of the patches that ``mask`` (B, n) counts."""
+        is_fused = any(type(block) is Decoder for block in self.decoder_blocks)
+        if is_fused and not (img.requires_grad or mask.requires_grad):
+            size, norm_pix = self.patch_size, self.norm_pix_loss
+            return masked_loss(predicted, img, mask, patch_size=size, norm_pix=norm_pix)
         target = self.patchify(img)
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)

@@ -175,16 +175,18 @@ def run_encoders(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     return _run_in_a_row(fused, x)
 
 
-def _run_in_a_row(encoders: Sequence[Encoder], x: Tensor) -> Tensor:
-    layers: list[Any] = [(e, i, *pair) for e in encoders for i, pair in enumerate(e.layers)]
+def _run_in_a_row(encoders: Iterable[Encoder], x: Tensor) -> Tensor:
+    each: list[Any] = list(encoders)
+    layers = [(e, i, attn, ff) for e in each for i, (attn, ff) in enumerate(e.layers)]
     reasons = [unfused_block_reason(attn, ff, e._steps, x) for e, _, attn, ff in layers]
     # Between which layers: tokens that no observer sees go from op to op, nowhere else.
     alone = [r is None and not e._observers for r, (e, *_) in zip(reasons, layers, strict=True)]
-    if len(encoders) == 1 and encoders[0].constants is not None and all(alone):
-        y = _all_at_once(encoders[0].layers, x, encoders[0].constants)
+    if len(each) == 1 and each[0].constants is not None and all(alone):
+        y = _all_at_once(each[0].layers, x, each[0].constants)
         if y is not None:
             return y
-    chained = [False, *(a and b for a, b in itertools.pairwise(alone)), False]
+    pairs = [a and b for a, b in itertools.pairwise(alone)]
+    chained = [False, *pairs, False]
     moments = None
     for k, (encoder, i, attn, ff) in enumerate(layers):
         if reasons[k] is None:
