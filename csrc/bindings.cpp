@@ -172,7 +172,7 @@ void bind_block(py::module_& module) {
     module.def(
         "normalise_backward",
         [](Pointer dh, Pointer z, Pointer skip, Pointer stats, Pointer gamma, Pointer beta,
-           Pointer dz, Pointer h, Pointer partials, int64_t rows, int d, bool masks, bool sums_dz,
+           Pointer dz, Pointer h, Pointer partials, int64_t rows, int d, bool masks, bool third_sum,
            const std::string& dtype, Pointer stream) {
             const NormaliseBackward args{
                 .dh = at<const void>(dh),
@@ -187,7 +187,7 @@ void bind_block(py::module_& module) {
                 .rows = rows,
                 .d = d,
                 .masks = masks,
-                .sums_dz = sums_dz,
+                .third_sum = third_sum,
                 .dtype = dtype_named(dtype),
             };
             normalise_backward(args, stream_at(stream));
@@ -195,7 +195,7 @@ void bind_block(py::module_& module) {
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("dh"), py::arg("z"),
         py::arg("skip"), py::arg("stats"), py::arg("gamma"), py::arg("beta"), py::arg("dz"),
         py::arg("h"), py::arg("partials"), py::arg("rows"), py::arg("d"), py::arg("masks"),
-        py::arg("sums_dz"), py::arg("dtype"), py::arg("stream"));
+        py::arg("third_sum"), py::arg("dtype"), py::arg("stream"));
 
     module.def(
         "few_rows",

@@ -90,8 +90,8 @@ int64_t attention_backward_scratch(int batch, int n, int heads);  // bytes
 // With t = gamma dh and zhat = (z - mean) rstd, row by row:
 //     dz = rstd (t - mean(t) - zhat mean(t zhat)) (+ skip; 0 where z is, if it masks)
 //     h = gamma zhat + beta
-// and a part for each block of the sums over rows of dh zhat, dh and, where wanted, dz. Contiguous,
-// pointers multiples of 16 bytes; d a multiple of 8 up to kMostNormedColumns.
+// and a part for each block of the sums over rows of dh zhat, dh and, where wanted, skip or without
+// one dz. Contiguous, pointers multiples of 16 bytes; d a multiple of 8 up to kMostNormedColumns.
 struct NormaliseBackward {
     const void* dh;      // (rows, d), float16 or bfloat16
     const void* z;       // as dh
@@ -104,7 +104,7 @@ struct NormaliseBackward {
     float* partials;     // (normalise_backward_parts(rows, d), 2 or 3, d)
     int64_t rows;
     int d;
-    bool masks, sums_dz;  // the latter only without skip
+    bool masks, third_sum;
     Dtype dtype;
 };
 void normalise_backward(const NormaliseBackward& args, cudaStream_t stream);

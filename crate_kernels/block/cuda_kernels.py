@@ -48,7 +48,6 @@ def normalise_backward(
         and z.dtype in (torch.float16, torch.bfloat16)
         and d % 8 == 0
         and all(t.dtype == z.dtype and t.data_ptr() % 16 == 0 for t in tensors)
-        and not (skip is not None and wants_sum)
     )
     if not (fits and is_faster(d, skip is not None)):
         return triton_kernels.normalise_backward(
@@ -75,7 +74,7 @@ def normalise_backward(
             rows=n_rows,
             d=d,
             masks=masks,
-            sums_dz=wants_sum,
+            third_sum=wants_sum,
             dtype=cuda_extension.DTYPES[z.dtype],
             stream=stream_of(z),
         )

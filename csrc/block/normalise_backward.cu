@@ -17,13 +17,14 @@
 namespace crate_kernels {
 namespace {
 
-// kVectors of 8 elements a lane: rows of up to 256 kVectors.
-template <int kVectors, bool kAdds>
+// kVectors of 8 elements a lane: rows of up to 256 kVectors. kThird: a third sum, of the skip or,
+// without one, of dz.
+template <int kVectors, bool kAdds, bool kThird>
 struct RowsConfig {
     static constexpr int kWarps = kVectors > 3 ? 8 : kVectors > 2 ? 12 : 16;  // by their registers
-    static constexpr bool kMayBeWhole = kAdds || kVectors > 3;                // likewise
+    static constexpr bool kMayBeWhole = kAdds ? !kThird : kVectors > 3;       // likewise
     static constexpr int kStages = 4, kTensors = kAdds ? 3 : 2;
-    static constexpr int kMostSums = kAdds ? 2 : 3;
+    static constexpr int kMostSums = kThird ? 3 : 2;
     static constexpr int kColumns = 256 * kVectors;
     static constexpr int kSlotBytes = kColumns * 2;  // of one tensor's row
 
@@ -86,10 +87,10 @@ __device__ __forceinline__ float2 warp_sums(float2 x) {
 }
 
 // kWhole: a row has all of the 256 kVectors columns.
-template <typename T, int kVectors, bool kAdds, bool kWhole>
-__global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
+template <typename T, int kVectors, bool kAdds, bool kThird, bool kWhole>
+__global__ void __launch_bounds__(RowsConfig<kVectors, kAdds, kThird>::kWarps * 32, 1)
     normalise_backward_kernel(const __grid_constant__ RowMaps maps, const NormaliseBackward p) {
-    using Config = RowsConfig<kVectors, kAdds>;
+    using Config = RowsConfig<kVectors, kAdds, kThird>;
     constexpr int kStages = Config::kStages, kTensors = Config::kTensors;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.d;
 
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
     gamma.load(p.gamma, d);
     beta.load(p.beta, d);
     __syncthreads();
-    float sums[Config::kMostSums][kVectors][8] = {};  // of dh zhat, dh, dz
+    float sums[Config::kMostSums][kVectors][8] = {};  // of dh zhat, dh, skip or dz
     const float share = 1.0f / d;
     RingPosition at;
     for (int64_t row = first; row < p.rows; row += step) {
@@ -168,6 +169,11 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
                 sums[0][v][i] += dh[i] * zhat[i];
                 sums[1][v][i] += dh[i];
             }
+            if constexpr (kThird && kAdds) {
+                unpack_eight<T>(dh, tensors[2][v]);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sums[2][v][i] += dh[i];
+            }
             total.x += of_vector.x;
             total.y += of_vector.y;
             asm volatile("" ::: "memory");  // a vector at a time, in few registers
@@ -197,7 +203,7 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
 #pragma unroll
                 for (int i = 0; i < 8; ++i) dz[i] = z[i] == 0 ? 0 : dz[i];
             }
-            if constexpr (!kAdds) {
+            if constexpr (kThird && !kAdds) {
 #pragma unroll
                 for (int i = 0; i < 8; ++i) sums[2][v][i] += dz[i];
             }
@@ -229,7 +235,7 @@ __global__ void __launch_bounds__(RowsConfig<kVectors, kAdds>::kWarps * 32, 1)
         }
     }
     __syncthreads();
-    const int n_sums = p.sums_dz ? 3 : 2;
+    const int n_sums = p.third_sum ? 3 : 2;
     for (int i = threadIdx.x; i < n_sums * kFours; i += blockDim.x) {
         int which = i / kFours, four = i % kFours, vector = four % (kFours / 2);
         int column = vector * 8 + (four < kFours / 2 ? 0 : 4);
@@ -254,18 +260,19 @@ auto with_vectors(int d, const Run& run) {
 }
 
 int blocks_of(int64_t rows, int d) {
-    int warps = with_vectors(d, []<int kVectors>() { return RowsConfig<kVectors, true>::kWarps; });
+    int warps =
+        with_vectors(d, []<int kVectors>() { return RowsConfig<kVectors, true, true>::kWarps; });
     return std::min<int64_t>(ceil_div(rows, warps), multiprocessors());
 }
 
-template <typename T, bool kAdds>
+template <typename T, bool kAdds, bool kThird>
 void launch(const NormaliseBackward& args, cudaStream_t stream) {
     with_vectors(args.d, [&]<int kVectors>() {
-        using Config = RowsConfig<kVectors, kAdds>;
-        auto kernel = normalise_backward_kernel<T, kVectors, kAdds, false>;
+        using Config = RowsConfig<kVectors, kAdds, kThird>;
+        auto kernel = normalise_backward_kernel<T, kVectors, kAdds, kThird, false>;
         if constexpr (Config::kMayBeWhole) {
             if (args.d == Config::kColumns) {
-                kernel = normalise_backward_kernel<T, kVectors, kAdds, true>;
+                kernel = normalise_backward_kernel<T, kVectors, kAdds, kThird, true>;
             }
         }
         auto map = [&](const void* rows) {
@@ -278,6 +285,12 @@ void launch(const NormaliseBackward& args, cudaStream_t stream) {
             maps, args);
         check(cudaGetLastError(), "normalise_backward");
     });
+}
+
+template <typename T>
+void launch_wanted(const NormaliseBackward& args, cudaStream_t stream) {
+    if (!args.skip) return launch<T, false, true>(args, stream);
+    args.third_sum ? launch<T, true, true>(args, stream) : launch<T, true, false>(args, stream);
 }
 
 void check_rows(int64_t rows, int d) {
@@ -298,16 +311,13 @@ int normalise_backward_parts(int64_t rows, int d) {
 
 void normalise_backward(const NormaliseBackward& args, cudaStream_t stream) {
     check_rows(args.rows, args.d);
-    if (args.dtype == Dtype::kFloat32 || (args.skip && args.sums_dz)) {
-        throw std::invalid_argument(
-            "normalise_backward: expected float16 or bfloat16, and the sum of dz only without "
-            "skip");
+    if (args.dtype == Dtype::kFloat32) {
+        throw std::invalid_argument("normalise_backward: expected float16 or bfloat16");
     }
     if (args.dtype == Dtype::kFloat16) {
-        args.skip ? launch<__half, true>(args, stream) : launch<__half, false>(args, stream);
+        launch_wanted<__half>(args, stream);
     } else {
-        args.skip ? launch<__nv_bfloat16, true>(args, stream)
-                  : launch<__nv_bfloat16, false>(args, stream);
+        launch_wanted<__nv_bfloat16>(args, stream);
     }
 }
 

@@ -244,10 +244,11 @@ bool test_few_rows(Dtype dtype, int rows, int d, int n, bool norms) {
                                  unit_of(dtype));
 }
 
-bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds) {
+bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds, bool third_sum) {
     std::mt19937 generator(rows);
     std::string name = std::string("norm's gradient ") + name_of(dtype) + " " +
-                       std::to_string(rows) + " x " + std::to_string(d) + (adds ? ", added" : "");
+                       std::to_string(rows) + " x " + std::to_string(d) + (adds ? ", added" : "") +
+                       (third_sum ? ", three sums" : "");
     Round round = rounding_to(dtype);
     size_t size = size_t(rows) * d;
     Values dh = random_values(size, dtype, generator), z = random_values(size, dtype, generator),
@@ -260,7 +261,7 @@ bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds) {
         skip_in(to_bytes(skip, dtype));
     DeviceArray stats_in(stats), gamma_in(gamma), beta_in(beta);
     DeviceArray<unsigned char> dz(z_in.size()), h(z_in.size());
-    const int parts = normalise_backward_parts(rows, d), n_sums = adds ? 2 : 3;
+    const int parts = normalise_backward_parts(rows, d), n_sums = third_sum ? 3 : 2;
     DeviceArray<float> partials(size_t(parts) * n_sums * d);
     Bytes dz_of[2], h_of[2];
     std::vector<float> partials_of[2];
@@ -278,7 +279,7 @@ bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds) {
                             .rows = rows,
                             .d = d,
                             .masks = adds,
-                            .sums_dz = !adds,
+                            .third_sum = third_sum,
                             .dtype = dtype},
                            nullptr);
         check(cudaDeviceSynchronize());
@@ -303,7 +304,7 @@ bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds) {
             want_h[at(k)] = gamma[k] * zhat(k) + beta[k];
             want_sums[k] += dh[at(k)] * zhat(k);
             want_sums[d + k] += dh[at(k)];
-            if (!adds) want_sums[2 * d + k] += gradient;
+            if (third_sum) want_sums[2 * d + k] += adds ? skip[at(k)] : gradient;
         }
     }
     for (size_t i = 0; i < partials_of[0].size(); ++i) sums[i % sums.size()] += partials_of[0][i];
@@ -500,8 +501,10 @@ bool test_normalise_backward_everywhere() {
     for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
         for (auto [rows, d] :
              {std::pair{40000, 64}, {1, 8}, {333, 264}, {5000, 768}, {700, 1024}}) {
-            passed &= test_normalise_backward(dtype, rows, d, false);
-            passed &= test_normalise_backward(dtype, rows, d, true);
+            for (bool adds : {false, true}) {
+                passed &= test_normalise_backward(dtype, rows, d, adds, true);
+            }
+            passed &= test_normalise_backward(dtype, rows, d, true, false);
         }
     }
     return passed;
