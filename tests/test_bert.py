@@ -278,9 +278,10 @@ def test_the_decoder_in_whole_steps(vocabulary):
 
 
 def unfused(model):
-    """A hook on the output of each layer: its modules run one by one."""
-    for layer in model.crate["encoder"]["layer"]:
-        layer.output.register_forward_hook(lambda *_: None)
+    """A hook on the output of each layer, whose modules then run one by one, and on other norms."""
+    outputs = [layer.output for layer in model.crate["encoder"]["layer"]]
+    for module in (*outputs, model.crate["embeddings"].LayerNorm, model.lm_head.layer_norm):
+        module.register_forward_hook(lambda *_: None)
     return model
 
 
@@ -299,7 +300,7 @@ def test_fused_and_unfused_layers_agree(dropout):
     idx, labels, mask = tokens()
     other = unfused(copy.deepcopy(model))
     found = []
-    for m, expected in ((model, 4), (other, 0)):
+    for m, expected in ((model, 6), (other, 0)):
         _, count = calls(lambda idx, m=m: m(idx, lengths=mask.sum(1)), idx)
         assert count.get("residual_norm", 0) == expected
         found.append(loss_and_gradients(m, idx, labels, lengths=mask.sum(1)))
@@ -312,15 +313,17 @@ def test_hooks_and_other_modules_are_not_passed_over(caplog):
     layer, seen = model.crate["encoder"]["layer"][0], []
     attention, projection = layer.attention["self"], layer.attention["output"]
     for module, fused in (
-        (attention, 2),
-        (attention.prenorm, 2),
-        (projection, 2),
-        (layer.output, 2),
-        (layer.output.prenorm, 2),
-        (layer, 4),
-        (attention.qkv, 4),  # called in any case
-        (projection.dense, 4),
-        (projection.dropout, 4),
+        (attention, 4),
+        (attention.prenorm, 4),
+        (projection, 4),
+        (layer.output, 4),
+        (layer.output.prenorm, 4),
+        (model.crate["embeddings"].LayerNorm, 5),
+        (model.lm_head.layer_norm, 5),
+        (layer, 6),
+        (attention.qkv, 6),  # called in any case
+        (projection.dense, 6),
+        (projection.dropout, 6),
     ):
         hook = module.register_forward_hook(lambda m, *_: seen.append(m))
         _, count = calls(model, idx)
@@ -333,9 +336,14 @@ def test_hooks_and_other_modules_are_not_passed_over(caplog):
         attention.prenorm = torch.nn.Sequential(attention.prenorm)
         for _ in range(2):
             _, count = calls(model, idx)
-            assert count["residual_norm"] == 2
+            assert count["residual_norm"] == 4
+        model.lm_head.layer_norm = torch.nn.Identity()
+        for _ in range(2):
+            _, count = calls(model, idx)
+            assert count["residual_norm"] == 3
     assert [r.message for r in caplog.records] == [
-        "a BERTLayer runs unfused: attention.self.prenorm is Sequential, not LayerNorm"
+        "a BERTLayer runs unfused: attention.self.prenorm is Sequential, not LayerNorm",
+        "a norm of CRATEBERT runs unfused: lm_head.layer_norm is Identity, not LayerNorm",
     ]
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:

@@ -31,7 +31,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..library import autocast_dtype
 from ..models import bert, gpt
-from ..models.bert import ALL, CRATEBERT, BERTLayer, BERTOutput, BERTSelfAttention, Seen
+from ..models.bert import (
+    ALL,
+    CRATEBERT,
+    BERTEmbeddings,
+    BERTHead,
+    BERTLayer,
+    BERTOutput,
+    BERTSelfAttention,
+    Seen,
+)
 from ..models.crate import PreNorm, Transformer
 from ..models.gpt import CRATEGPT, CausalBlock
 from ..models.mae import MAEEncoderBlock, MaskedAutoencoder
@@ -340,6 +349,11 @@ def _text(form: str, w: Workload, model: nn.Module) -> nn.Module:
             module.__class__ = PublishedCausalBlock
             published.narrow = form == NARROW
             published.attention = published_attention if plain else _sdpa(form, w)
+        if isinstance(module, BERTEmbeddings):
+            module.__class__ = PublishedBERTEmbeddings
+            published.narrow = form == NARROW
+        if isinstance(module, BERTHead):
+            module.__class__ = PublishedBERTHead
         if isinstance(module, BERTLayer):
             module.__class__ = PublishedBERTLayer
         if isinstance(module, BERTSelfAttention):
@@ -375,6 +389,23 @@ class PublishedBERT(CRATEBERT):
         logits = self.lm_head(x)
         flat = logits.flatten(0, 1)
         return logits, F.cross_entropy(flat, labels.flatten(), ignore_index=bert.IGNORED)
+
+
+class PublishedBERTEmbeddings(BERTEmbeddings):
+    """The embeddings of CRATE-BERT with torch's norm; ``narrow``: in autocast's dtype."""
+
+    narrow: bool
+
+    def normed(self, x: Tensor, y: Tensor) -> Tensor:
+        return _narrow_if(self.narrow, self.LayerNorm(x + y))
+
+
+class PublishedBERTHead(BERTHead):
+    """The head of CRATE-BERT with torch's norm."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer_norm(x)
+        return h
 
 
 class PublishedBERTLayer(BERTLayer):

@@ -7,6 +7,7 @@ attention_mask hides tokens anywhere, and where dropout is active on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,39 @@ def attend(w: Tensor, heads: int, seen: Seen, dropout: float) -> Tensor:
 
 
 ALL = Seen()
+
+
+def reason_against_fused_norms(
+    x: Tensor, modules: Sequence[tuple[str, Any, type[nn.Module]]]
+) -> str | None:
+    """Why the norms among named ``modules`` must be called (on x) right now; None if they need not.
+
+    ``modules`` are all that would not be called otherwise, each with the class it should have.
+    """
+    if _has_any_global_hook():
+        return "hooks on all modules are registered"
+    reason = reason_against_modules(modules)
+    if reason is not None:
+        return reason
+    norms = [module for _, module, kind in modules if kind is nn.LayerNorm]
+    for norm in norms:
+        if norm.weight is None or norm.bias is None or norm.eps <= 0:
+            return "a norm has no weight, no bias or an eps of 0"
+        if norm.weight.shape != x.shape[-1:]:
+            return "a norm is not over the last dimension alone"
+    return reason_against_dtypes(x, *(t for norm in norms for t in (norm.weight, norm.bias)))
+
+
+def normed(x: Tensor, y: Tensor | None, name: str, norm: Any) -> Tensor:
+    """norm(x + y) by :func:`residual_norm`, in autocast's dtype, or by calling the norm where that
+    would pass over something: the log names the reason once."""
+    reason = reason_against_fused_norms(x, ((name, norm, nn.LayerNorm),))
+    if reason is None:
+        return residual_norm(x, norm.weight, norm.bias, y, eps=norm.eps)[1]
+    if not torch.compiler.is_compiling():
+        log_once(f"a norm of CRATEBERT runs unfused: {reason}")
+    h: Tensor = norm(x if y is None else x + y)
+    return h
 
 
 class BERTSelfAttention(nn.Module):
@@ -153,30 +187,21 @@ class BERTLayer(nn.Module):
 
     def _reason_against_fused_norms(self, x: Tensor) -> str | None:
         """Why the modules must run one by one (on x) right now; None if they need not."""
-        if _has_any_global_hook():
-            return "hooks on all modules are registered"
         attention: Any = self.attention["self"]
-        norms: Any = (attention._modules.get("prenorm"), self.output._modules.get("prenorm"))
         named: Any = (
             ("attention.self", attention, BERTSelfAttention),
-            ("attention.self.prenorm", norms[0], nn.LayerNorm),
+            ("attention.self.prenorm", attention._modules.get("prenorm"), nn.LayerNorm),
             ("attention.output", self.attention["output"], BERTSelfOutput),
             ("output", self.output, BERTOutput),
-            ("output.prenorm", norms[1], nn.LayerNorm),
+            ("output.prenorm", self.output._modules.get("prenorm"), nn.LayerNorm),
         )
-        reason = reason_against_modules(named)
-        if reason is not None:
-            return reason
-        for norm in norms:
-            if norm.weight is None or norm.bias is None or norm.eps <= 0:
-                return "a norm has no weight, no bias or an eps of 0"
-            if norm.weight.shape != x.shape[-1:]:
-                return "a norm is not over the last dimension alone"
-        return reason_against_dtypes(x, *(t for norm in norms for t in (norm.weight, norm.bias)))
+        return reason_against_fused_norms(x, named)
 
 
 class BERTEmbeddings(nn.Module):
     """Word, position and token type, summed and normed. Positions pass over padding.
+
+    In autocast's dtype, unless the norm is called as a module (:func:`normed`).
 
     Keys: ``word_embeddings.weight``, ``position_embeddings.weight``,
     ``token_type_embeddings.weight``, ``LayerNorm.*``.
@@ -207,7 +232,10 @@ class BERTEmbeddings(nn.Module):
             x = x + self.token_type_embeddings.weight[0]
         else:
             x = x + self.token_type_embeddings(token_types)
-        return self.dropout(self.LayerNorm(x + self.position_embeddings(position)))
+        return self.dropout(self.normed(x, self.position_embeddings(position)))
+
+    def normed(self, x: Tensor, y: Tensor) -> Tensor:
+        return normed(x, y, "embeddings.LayerNorm", self.LayerNorm)
 
 
 class BERTHead(nn.Module):
@@ -223,12 +251,15 @@ class BERTHead(nn.Module):
 
     def forward(self, x: Tensor, padded: bool = False) -> Tensor:
         """x (..., dim) -> logits (..., vocab_size), or with ``padded`` those in whole steps."""
-        x = self.layer_norm(F.gelu(self.dense(x)))
+        x = self.normed(F.gelu(self.dense(x)))
         n = len(self.decoder.weight)
         if needs_whole_steps(x, n):
             logits = linear_in_whole_steps(x, self.decoder.weight, self.decoder.bias)
             return logits if padded else logits[..., :n]
         return self.decoder(x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        return normed(x, None, "lm_head.layer_norm", self.layer_norm)
 
 
 def needs_whole_steps(x: Tensor, n: int) -> bool:
