@@ -410,8 +410,32 @@ def test_a_padded_product_changes_neither_logits_nor_gradients(monkeypatch, hook
     assert model(idx)[0].shape == (3, 10, 11)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_of_other_losses_of_the_logits(monkeypatch, padded):
+    """Of the bias too, which the loss of the model has by itself."""
+    model, (idx, labels, _) = tiny(), tokens()
+    monkeypatch.setattr(bert, "needs_whole_steps", lambda x, n: padded)
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    want = F.cross_entropy(model(idx)[0].mT, labels)
+    logits, loss = model(idx, labels)
+    parameters = tuple(model.parameters())
+    wanted = torch.autograd.grad(want, parameters)
+    for found in (loss, F.cross_entropy(logits.mT, labels)):
+        torch.testing.assert_close(found, want)
+        grads = torch.autograd.grad(found, parameters, retain_graph=True)
+        torch.testing.assert_close(grads, wanted)
+    twice = torch.autograd.grad(loss + F.cross_entropy(logits.mT, labels), parameters)
+    torch.testing.assert_close(twice, tuple(2 * t for t in wanted))
+
+
 def test_another_head_is_called_as_it_is():
     model, (idx, labels, _) = tiny(), tokens()
     want = model(idx, labels)
+    seen = []
+    hook = model.lm_head.decoder.register_forward_hook(lambda m, *_: seen.append(m))
+    torch.testing.assert_close(model(idx, labels), want)
+    hook.remove()
+    assert len(seen) == 1
     model.lm_head = torch.nn.Sequential(model.lm_head)
     torch.testing.assert_close(model(idx, labels), want)

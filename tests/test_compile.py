@@ -236,14 +236,16 @@ def test_opcheck_cross_entropy(dtype, vocab_size):
     for rows in ((2, 5), (6,)):
         logits, labels = cross_entropy_inputs(*rows, v=8)
         logits, labels = logits.to(dtype), labels.clamp(max=6)
-        rest = (vocab_size, -100, "reference")
+        rest, bias = (vocab_size, -100, "reference"), torch.zeros(vocab_size or 8)
         for given in (logits, torch.cat((logits, logits), -1)[..., :8]):
-            torch.library.opcheck(OPS.cross_entropy, (given, labels, *rest))
-            leaf = given.detach().requires_grad_()
-            torch.library.opcheck(OPS.cross_entropy, (leaf, labels, *rest))
-            loss, count, stats = OPS.cross_entropy(given, labels, *rest)
-            saved = (torch.randn_like(loss), given, labels, stats, count)
-            torch.library.opcheck(OPS.cross_entropy_backward, (*saved, *rest))
+            for b in (None, bias.requires_grad_()):
+                torch.library.opcheck(OPS.cross_entropy, (given.detach(), labels, b, *rest))
+                leaf = given.detach().requires_grad_()
+                torch.library.opcheck(OPS.cross_entropy, (leaf, labels, b, *rest))
+            loss, count, stats = OPS.cross_entropy(given, labels, None, *rest)
+            for wants_sums in (False, True):
+                saved = (torch.randn_like(loss), given, labels, stats, count, wants_sums)
+                torch.library.opcheck(OPS.cross_entropy_backward, (*saved, *rest))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -375,6 +377,8 @@ def samples():
     logits, _ = cross_entropy_inputs(2, 3, v=8)
     cases["cross_entropy"] = (loss_of, {"logits": logits}, {})
     cases["cross_entropy padded"] = (loss_of, {"logits": logits}, {"vocab_size": 7})
+    given = {"logits": logits, "added_bias": torch.zeros(8, dtype=torch.float64)}
+    cases["cross_entropy with a bias"] = (loss_of, given, {})
     return cases
 
 

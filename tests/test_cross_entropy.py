@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cross_entropies import (
     cross_entropy_inputs,
     exactly,
@@ -79,17 +80,50 @@ def test_any_strides(change):
     assert_equal_results(got, want, change)
 
 
+@pytest.mark.parametrize("vocab_size", [None, 9])
+def test_the_gradient_of_a_bias_is_that_through_the_product(vocab_size):
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 4), (11, 4), (11,))]
+    _, labels = cross_entropy_inputs(2, 5, v=vocab_size or 11)
+    found = []
+    for function in (None, cross_entropy, cross_entropy_reference):
+        h, w, b = (t.clone().requires_grad_() for t in inputs)
+        options = {"vocab_size": vocab_size}
+        if function is None:
+            y = published_cross_entropy(F.linear(h, w, b), labels, **options)
+        else:
+            logits = F.linear(h, w, b.detach())
+            y = function(logits, labels, added_bias=b[:vocab_size], **options)
+        y.backward()
+        found.append({"y": y.detach(), "dh": h.grad, "dw": w.grad, "db": b.grad})
+    for got in found[1:]:
+        assert_equal_results(got, found[0], vocab_size)
+
+
+@pytest.mark.parametrize("wants", [(True, False), (False, True)])
+def test_only_the_gradients_that_are_wanted(wants):
+    logits, labels = cross_entropy_inputs(3, v=5)
+    bias, both = torch.zeros(5).half(), []
+    for given in ((True, True), wants):
+        leaves = [t.clone().requires_grad_(w) for t, w in zip((logits, bias), given, strict=True)]
+        cross_entropy(leaves[0], labels, added_bias=leaves[1]).backward()
+        both.append([t.grad for t in leaves])
+    for of_all, found, wanted in zip(*both, wants, strict=True):
+        assert torch.equal(of_all, found) if wanted else found is None
+    assert both[0][1].dtype == torch.float16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 50.0])
 def test_as_close_as_plain_pytorch(dtype, autocast, mean):
     logits, labels = cross_entropy_inputs(2, 40, v=300, mean=mean)
     logits = logits.to(dtype)
+    options = {"with_bias": True}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        got = loss_and_gradient(cross_entropy, logits, labels)
-    plain = loss_and_gradient(published_cross_entropy, logits, labels)
+        got = loss_and_gradient(cross_entropy, logits, labels, **options)
+    plain = loss_and_gradient(published_cross_entropy, logits, labels, **options)
     assert got["y"].dtype == torch.float32 and got["dlogits"].dtype == dtype
-    assert_as_close_as_plain(got, plain, exactly(logits, labels), (dtype, mean))
+    assert_as_close_as_plain(got, plain, exactly(logits, labels, **options), (dtype, mean))
 
 
 def test_where_no_label_counts():

@@ -206,6 +206,25 @@ LOSS = {
     "no word": ({"vocab_size": 0}, ValueError, "vocab_size from 1 to W = 8", "0"),
     "more words than columns": ({"vocab_size": 9}, ValueError, "from 1 to W = 8", "9"),
     "vocab_size a float": ({"vocab_size": 8.0}, TypeError, "vocab_size to be an int", "float"),
+    "bias of another shape": (
+        {"added_bias": zeros(7)},
+        ValueError,
+        "added_bias of shape (V,) = (8,)",
+        "(7,)",
+    ),
+    "bias of integers": (
+        {"added_bias": zeros(8).long()},
+        TypeError,
+        "added_bias of dtype",
+        "int64",
+    ),
+    "bias no tensor": ({"added_bias": 0.0}, TypeError, "added_bias to be a torch.T", "float"),
+    "bias elsewhere": (
+        {"added_bias": zeros(8, device="meta")},
+        ValueError,
+        "added_bias on the device of logits",
+        "meta",
+    ),
     "ignore_index None": ({"ignore_index": None}, TypeError, "ignore_index to be an int", "NoneT"),
     "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
 }

@@ -2,6 +2,7 @@
 
 loss = mean over labels that count of  log sum exp(x) - x_label
 dx   = (softmax(x) - onehot(label)) dloss / count, 0 for labels that do not count
+db   = sum of dx over rows
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def cross_entropy(
     *,
     ignore_index: int = IGNORED,
     vocab_size: int | None = None,
+    added_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Mean negative log-likelihood, in nats, of the labels under softmax(logits).
@@ -43,6 +45,10 @@ def cross_entropy(
         vocab_size: V, the columns that count; W where None. Columns past it are padding, as if
             minus infinity, and their gradient is 0: so that a product over a padded vocabulary
             need not be narrowed, whose gradient would be copied into a wider one.
+        added_bias: b (V,), floating: the bias that the logits have in them already, x = h W^T + b.
+            Its gradient, the sum of theirs over rows, is made here while theirs is written, and
+            need not be made of it by another pass: give the b of the product detached. The values
+            of b are not read.
         backend: "auto", "triton" or "reference"; see :func:`crate_kernels.explain`.
 
     Returns:
@@ -58,25 +64,38 @@ def cross_entropy(
         ValueError: shapes, devices, vocab_size, or a backend that do not fit.
         TypeError: not tensors, not of the dtypes above.
 
+    Example: ``cross_entropy(F.linear(h, w, b.detach()), labels, added_bias=b)``.
+
     Bytes: docs/cross_entropy.md.
     """
-    _check(logits, labels, ignore_index, vocab_size)
+    _check(logits, labels, ignore_index, vocab_size, added_bias)
     backend = backends.choose("cross_entropy", backend, logits, logits.dtype, None)
     loss, _, _ = torch.ops.crate_kernels.cross_entropy(
-        logits, labels, vocab_size, ignore_index, backend
+        logits, labels, added_bias, vocab_size, ignore_index, backend
     )
     return loss
 
 
 def explain_cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORED, vocab_size: int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORED,
+    vocab_size: int | None = None,
+    added_bias: Tensor | None = None,
 ) -> backends.Explanation:
     """Which backends fit these arguments of :func:`cross_entropy`, and why the others do not."""
-    _check(logits, labels, ignore_index, vocab_size)
+    _check(logits, labels, ignore_index, vocab_size, added_bias)
     return backends.explain("cross_entropy", logits, logits.dtype, None)
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | None) -> None:
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    vocab_size: int | None,
+    added_bias: Tensor | None,
+) -> None:
     op = "cross_entropy"
     check_tensors(op, {"logits": logits})
     if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -95,6 +114,14 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | 
             refuse(op, f"{name} to be an int", type(value).__name__, TypeError)
     if vocab_size is not None and not 0 < vocab_size <= logits.shape[-1]:
         refuse(op, f"vocab_size from 1 to W = {logits.shape[-1]}", vocab_size)
+    if added_bias is None:
+        return
+    check_tensors(op, {"added_bias": added_bias})
+    if added_bias.device != logits.device:
+        refuse(op, f"added_bias on the device of logits, {logits.device}", added_bias.device)
+    wanted = (vocab_size or logits.shape[-1],)
+    if added_bias.shape != wanted:
+        refuse(op, f"added_bias of shape (V,) = {wanted}", tuple(added_bias.shape))
 
 
 # ---- registration: crate_kernels::cross_entropy and its backward
@@ -119,7 +146,12 @@ def _rows(
 
 
 def _forward(
-    logits: Tensor, labels: Tensor, vocab_size: int | None, ignore_index: int, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    added_bias: Tensor | None,
+    vocab_size: int | None,
+    ignore_index: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     found: tuple[Tensor, Tensor, Tensor] = _kernels(backend).forward(
         *_rows(logits, labels, vocab_size, ignore_index)
@@ -133,28 +165,48 @@ def _backward(
     labels: Tensor,
     stats: Tensor,
     count: Tensor,
+    wants_sums: bool,
     vocab_size: int | None,
     ignore_index: int,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """dlogits and, where wanted, the sums of its columns (V,); empty else."""
     rows, flat, *rest = _rows(logits, labels, vocab_size, ignore_index)
-    dlogits: Tensor = _kernels(backend).backward(dloss, rows, flat, stats, count, *rest)
-    return dlogits.view(logits.shape)
+    saved = (rows, flat, stats, count, *rest)
+    dlogits, sums = _kernels(backend).backward(dloss, *saved, wants_sums)
+    return dlogits.view(logits.shape), stats.new_empty(0) if sums is None else sums
 
 
 def _forward_fake(
-    logits: Tensor, labels: Tensor, vocab_size: int | None, ignore_index: int, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    added_bias: Tensor | None,
+    vocab_size: int | None,
+    ignore_index: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = logits.new_empty((labels.numel(), 2), dtype=wide_dtype(logits.dtype))
     return stats.new_empty(()), stats.new_empty(()), stats
 
 
-def _backward_fake(dloss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _backward_fake(
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    count: Tensor,
+    wants_sums: bool,
+    vocab_size: int | None,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    columns = (vocab_size or logits.shape[-1]) if wants_sums else 0
+    return logits.new_empty(logits.shape), stats.new_empty(columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, *ctx.rest = inputs
+    logits, labels, added_bias, *ctx.rest = inputs
+    ctx.bias_dtype = None if added_bias is None else added_bias.dtype
     _, count, stats = output
     ctx.save_for_backward(logits, labels, stats, count)
     ctx.mark_non_differentiable(count, stats)
@@ -163,20 +215,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradient(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 5
-    saved = (dloss, *ctx.saved_tensors, *ctx.rest)
-    return torch.ops.crate_kernels.cross_entropy_backward(*saved), *(None,) * 4
+        return (None,) * 6
+    wants_sums = ctx.needs_input_grad[2]
+    dlogits, sums = torch.ops.crate_kernels.cross_entropy_backward(
+        dloss, *ctx.saved_tensors, wants_sums, *ctx.rest
+    )
+    dbias = sums.to(ctx.bias_dtype) if wants_sums else None
+    return dlogits if ctx.needs_input_grad[0] else None, None, dbias, None, None, None
 
 
 define(
-    "cross_entropy(Tensor logits, Tensor labels, SymInt? vocab_size, int ignore_index,"
-    " str backend) -> (Tensor loss, Tensor count, Tensor stats)",
+    "cross_entropy(Tensor logits, Tensor labels, Tensor? added_bias, SymInt? vocab_size,"
+    " int ignore_index, str backend) -> (Tensor loss, Tensor count, Tensor stats)",
     _forward,
     _forward_fake,
 )
 define(
     "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor stats,"
-    " Tensor count, SymInt? vocab_size, int ignore_index, str backend) -> Tensor",
+    " Tensor count, bool wants_sums, SymInt? vocab_size, int ignore_index, str backend)"
+    " -> (Tensor dlogits, Tensor column_sums)",
     _backward,
     _backward_fake,
 )

@@ -11,13 +11,20 @@ IGNORED = -100  # torch's label that counts for nothing
 
 
 def cross_entropy_reference(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORED, vocab_size: int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORED,
+    vocab_size: int | None = None,
+    added_bias: Tensor | None = None,
 ) -> Tensor:
     """``mean(logsumexp(x) - x_label)`` over labels that count; differentiable by autograd.
 
     Arguments and result as in :func:`crate_kernels.cross_entropy`.
     """
     x = logits[..., :vocab_size].to(wide_dtype(logits.dtype))
+    if added_bias is not None:
+        x = x + (added_bias - added_bias.detach())  # 0, with a gradient
     rows = x.reshape(-1, x.shape[-1])
     return F.cross_entropy(rows, labels.reshape(-1).long(), ignore_index=ignore_index)
 

@@ -34,12 +34,15 @@ def backward(
     count: Tensor,
     vocab_size: int,
     ignore_index: int,
-) -> Tensor:
-    """dlogits (rows, W), contiguous, 0 from column ``vocab_size`` on."""
+    wants_sums: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dlogits (rows, W), contiguous, 0 from column ``vocab_size`` on, and where wanted the sums of
+    the columns before it, (vocab_size,), of what was not rounded yet, in the dtype of ``stats``."""
     x = logits[:, :vocab_size].to(stats.dtype)
     dx = ((x - stats[:, :1]) - stats[:, 1:]).exp()
     counts = (labels != ignore_index)[:, None]
     label = labels.long()[:, None].where(counts, 0)
     dx.scatter_(1, label, dx.gather(1, label) - 1)
     dx = (dx * (dloss / count)).where(counts, 0)
-    return F.pad(dx, (0, logits.shape[1] - vocab_size)).to(logits.dtype)
+    dlogits = F.pad(dx, (0, logits.shape[1] - vocab_size)).to(logits.dtype)
+    return dlogits, dx.sum(0) if wants_sums else None

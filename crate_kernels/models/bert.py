@@ -23,7 +23,6 @@ from ..library import autocast_dtype
 from ..mssa.op import tied_attention
 from ..mssa.reference import merge_heads, split_heads
 from ..nn.layers import (
-    is_called_plainly,
     log_once,
     reason_against_dtypes,
     reason_against_modules,
@@ -249,17 +248,32 @@ class BERTHead(nn.Module):
         self.decoder = nn.Linear(dim, vocab_size, **factory)
         self.bias = self.decoder.bias
 
-    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
-        """x (..., dim) -> logits (..., vocab_size), or with ``padded`` those in whole steps."""
+    def forward(self, x: Tensor, for_loss: bool = False) -> Tensor:
+        """x (..., dim) -> logits (..., vocab_size), or ``for_loss`` those in whole steps, with a
+        bias that has its gradient from the loss alone."""
         x = self.normed(F.gelu(self.dense(x)))
-        n = len(self.decoder.weight)
+        weight, n = self.decoder.weight, len(self.decoder.weight)
+        bias = self.decoder.bias.detach() if for_loss else self.decoder.bias
         if needs_whole_steps(x, n):
-            logits = linear_in_whole_steps(x, self.decoder.weight, self.decoder.bias)
-            return logits if padded else logits[..., :n]
-        return self.decoder(x)
+            logits = linear_in_whole_steps(x, weight, bias)
+            return logits if for_loss else logits[..., :n]
+        return F.linear(x, weight, bias) if for_loss else self.decoder(x)
 
     def normed(self, x: Tensor) -> Tensor:
         return normed(x, None, "lm_head.layer_norm", self.layer_norm)
+
+
+class OfBias(torch.autograd.Function):
+    """Logits with a detached bias in them -> the same with its gradient, for losses of others."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+        return dlogits, dlogits.flatten(0, -2).sum(0, dtype=ctx.dtype)
 
 
 def needs_whole_steps(x: Tensor, n: int) -> bool:
@@ -368,13 +382,19 @@ class CRATEBERT(nn.Module):
     def _with_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         head: Any = self.lm_head
         labels = labels.view(x.shape[:-1])
-        if type(head) is not BERTHead or not is_called_plainly(head):
+        decoder = head._modules.get("decoder")
+        named = (("lm_head", head, BERTHead), ("lm_head.decoder", decoder, nn.Linear))
+        other = _has_any_global_hook() or reason_against_modules(named) is not None
+        if other or decoder.bias is None:
             logits = head(x)
             return logits, cross_entropy(logits, labels, ignore_index=IGNORED)
         # Not narrowed before the loss: that gradient would be copied into a wider one.
-        logits, n = head(x, padded=True), len(head.decoder.weight)
-        loss = cross_entropy(logits, labels, ignore_index=IGNORED, vocab_size=n)
-        return (logits if logits.shape[-1] == n else logits[..., :n]), loss
+        logits, bias = head(x, for_loss=True), decoder.bias
+        n = len(bias)
+        options: dict[str, Any] = {"ignore_index": IGNORED, "vocab_size": n, "added_bias": bias}
+        loss = cross_entropy(logits, labels, **options)
+        narrowed = logits if logits.shape[-1] == n else logits[..., :n]
+        return OfBias.apply(narrowed, bias), loss
 
 
 def _seen(idx: Tensor, attention_mask: Tensor | None, lengths: Tensor | None) -> Seen:

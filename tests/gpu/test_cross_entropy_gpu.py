@@ -38,6 +38,8 @@ def check(logits, labels, **options):
     for _ in range(REPEATS):
         again = loss_and_gradient(ours, logits, labels, **options)
         assert all(torch.equal(again[name], t) for name, t in got.items())
+    if not options.get("with_bias"):
+        check(logits, labels, with_bias=True, **options)
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])

@@ -32,6 +32,8 @@ def check(logits, labels, **options):
     assert_as_close_as_plain(got, plain, exactly(logits, labels, **options), what, unit)
     again = loss_and_gradient(ours, logits, labels, **options)
     assert all(torch.equal(again[name], t) for name, t in got.items())
+    if not options.get("with_bias"):
+        check(logits, labels, with_bias=True, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -44,6 +46,15 @@ def test_as_close_as_plain(rows, v, dtype):
         check(logits.to(dtype), labels.to(label_dtype), ignore_index=ignore_index)
 
 
+@pytest.mark.parametrize("rows", [127, 300])
+def test_columns_summed_by_several_programs(rows):
+    logits, labels = cross_entropy_inputs(rows, v=40)
+    check(logits.float(), labels)
+    without = loss_and_gradient(ours, logits.float(), labels)
+    summed = loss_and_gradient(ours, logits.float(), labels, with_bias=True)
+    assert torch.equal(summed["dlogits"], without["dlogits"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("v", [7, 1001, 4095])
 def test_padded_and_narrowed(v, dtype):
@@ -51,10 +62,10 @@ def test_padded_and_narrowed(v, dtype):
     for padding in (1, 3, 5000):
         past = torch.full((2, 3, padding), float("nan"), dtype=torch.float64)
         wide = torch.cat((logits, past), -1).to(dtype)
-        want = loss_and_gradient(ours, logits.to(dtype), labels)
+        want = loss_and_gradient(ours, logits.to(dtype), labels, with_bias=True)
         for given, options in ((wide, {"vocab_size": v}), (wide[..., :v], {})):
-            got = loss_and_gradient(ours, given, labels, **options)
-            assert torch.equal(got["y"], want["y"])
+            got = loss_and_gradient(ours, given, labels, with_bias=True, **options)
+            assert torch.equal(got["y"], want["y"]) and torch.equal(got["dbias"], want["dbias"])
             assert torch.equal(got["dlogits"][..., :v], want["dlogits"])
             assert got["dlogits"].shape == given.shape and not got["dlogits"][..., v:].any()
 
@@ -63,10 +74,10 @@ def test_labels_that_count_for_nothing_and_labels_that_are_none():
     logits, labels = cross_entropy_inputs(6, v=9, ignored=0.0)
     logits = logits.float()
     labels[3] = -100
-    want = loss_and_gradient(ours, logits, labels)
+    want = loss_and_gradient(ours, logits, labels, with_bias=True)
     logits[3] = float("nan")
-    got = loss_and_gradient(ours, logits, labels)
-    assert torch.equal(got["y"], want["y"]) and torch.equal(got["dlogits"], want["dlogits"])
+    got = loss_and_gradient(ours, logits, labels, with_bias=True)
+    assert all(torch.equal(got[name], t) for name, t in want.items())
     assert not got["dlogits"][3].any()
     for label in (9, -1, 2**40):
         labels[3] = label
