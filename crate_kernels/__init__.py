@@ -4,7 +4,8 @@ Ops: :func:`mssa`, :func:`ista`, :func:`tied_attention`, what comes before it,
 :func:`tied_rotary`, and its step of generation, :func:`tied_attention_decode`, a whole layer,
 :func:`crate_block`, the stem, :func:`patch_embedding`, and of CRATE-alpha its ISTA,
 :func:`overcomplete_ista`, and what is between its steps, :func:`residual_norm`, and of the
-language models the loss, :func:`cross_entropy`, each with its ``*_reference`` twin.
+language models the embeddings, :func:`tied_embedding`, and the loss, :func:`cross_entropy`, each
+with its ``*_reference`` twin.
 Models: :func:`fuse` swaps the layers of an existing one, :func:`unfuse` swaps them back,
 :func:`prepare_for_inference` makes once what a call makes of the weights.
 """
@@ -47,6 +48,11 @@ from .residual_norm.op import explain_residual_norm, residual_norm
 from .residual_norm.reference import residual_norm_reference, residual_norm_reference_backward
 from .rotary.op import explain_tied_rotary, tied_rotary
 from .rotary.reference import tied_rotary_reference, tied_rotary_reference_backward
+from .tied_embedding.op import explain_tied_embedding, tied_embedding
+from .tied_embedding.reference import (
+    tied_embedding_reference,
+    tied_embedding_reference_backward,
+)
 
 __version__ = "0.1.0"
 
@@ -83,6 +89,9 @@ __all__ = [
     "tied_attention_decode_reference",
     "tied_attention_reference",
     "tied_attention_reference_backward",
+    "tied_embedding",
+    "tied_embedding_reference",
+    "tied_embedding_reference_backward",
     "tied_rotary",
     "tied_rotary_reference",
     "tied_rotary_reference_backward",
@@ -109,6 +118,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         "overcomplete_ista": explain_overcomplete_ista,
         "residual_norm": explain_residual_norm,
         "cross_entropy": explain_cross_entropy,
+        "tied_embedding": explain_tied_embedding,
     }
     if op not in explainers:
         raise ValueError(f"explain: expected op to be one of {sorted(explainers)}, got {op!r}")

@@ -41,6 +41,7 @@ WITHOUT_CUDA = (
     "masked_tokens",
     "residual_norm",
     "tied_attention_decode",
+    "tied_embedding",
 )
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_MAX_HEAD_DIM = 256

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from cross_entropies import cross_entropy_inputs
+from embeddings import embedding_inputs
 from helpers import (
     assert_equal_results,
     block_inputs,
@@ -248,6 +249,24 @@ def test_opcheck_cross_entropy(dtype, vocab_size):
                 torch.library.opcheck(OPS.cross_entropy_backward, (*saved, *rest))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("places", [None, 7])
+def test_opcheck_tied_embedding(dtype, places):
+    idx, weight, position_weight, *positions = embedding_inputs(2, 5, 6, 4, places=places).values()
+    weight, position_weight = weight.to(dtype), position_weight.to(dtype)
+    c_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+    rest = (positions[0] if positions else None, 2, c_dtype, "reference")
+    leaves = [t.clone().requires_grad_() for t in (weight, position_weight)]
+    for given in ((weight, position_weight), leaves, (leaves[0], position_weight)):
+        torch.library.opcheck(OPS.tied_embedding, (idx, *given, *rest))
+    x, _ = OPS.tied_embedding(idx, weight, position_weight, *rest)
+    for dhead in (None, torch.randn(6, 4).to(c_dtype)):
+        for wants in ([True, True], [False, True], [True, False]):
+            sizes = (6, len(position_weight), 2, dtype, wants, "reference")
+            saved = (torch.randn_like(x), dhead, idx, rest[0], *sizes)
+            torch.library.opcheck(OPS.tied_embedding_backward, saved)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck_masked_tokens(dtype):
     x, mask, *given = tokens_inputs(2, 3, 8).values()
@@ -308,6 +327,8 @@ def test_every_registered_op_is_checked_above():
             "tied_attention_masked",
             "tied_attention_masked_backward",
             "tied_attention_decode",
+            "tied_embedding",
+            "tied_embedding_backward",
             "tied_rotary",
             "tied_rotary_backward",
             "ista",

@@ -15,6 +15,7 @@ from crate_kernels import (
     overcomplete_ista,
     residual_norm,
     tied_attention,
+    tied_embedding,
 )
 from crate_kernels.ista import gram_cache
 
@@ -229,6 +230,52 @@ LOSS = {
     "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
 }
 
+WORDS = {
+    "words no tensor": ({"idx": [[1]]}, TypeError, "idx to be a torch.Tensor", "list"),
+    "words of floats": ({"idx": zeros(2, 5)}, TypeError, "idx of dtype int64 or int32", "float32"),
+    "words in a row": ({"idx": zeros(5).long()}, ValueError, "idx of shape (B, T)", "(5,)"),
+    "no words": ({"idx": zeros(2, 0).long()}, ValueError, "T > 0", "(2, 0)"),
+    "words elsewhere": (
+        {"idx": zeros(2, 5, device="meta").long()},
+        ValueError,
+        "idx on the device of weight",
+        "meta",
+    ),
+    "weight of 3 dimensions": (
+        {"weight": zeros(1, 8, 8)},
+        ValueError,
+        "weight of shape (V, D)",
+        "8",
+    ),
+    "places of another length": (
+        {"position_weight": zeros(6, 8)},
+        ValueError,
+        "position_weight of shape (5, D = 8)",
+        "(6, 8)",
+    ),
+    "places of another width": (
+        {"position_weight": zeros(6, 7), "positions": zeros(2, 5).long()},
+        ValueError,
+        "position_weight of shape (R, D = 8)",
+        "(6, 7)",
+    ),
+    "positions of another shape": (
+        {"positions": zeros(5, 2).long()},
+        ValueError,
+        "positions of the shape of idx, (2, 5)",
+        "(5, 2)",
+    ),
+    "padding no word": ({"padding_idx": 8}, ValueError, "padding_idx from 0 to V - 1 = 7", "8"),
+    "padding a float": ({"padding_idx": 1.0}, TypeError, "padding_idx to be an int", "float"),
+    "another dtype": (
+        {"position_weight": zeros(5, 8).double()},
+        TypeError,
+        "position_weight of the dtype of weight",
+        "float64",
+    ),
+    "unknown backend": ({"backend": "tritn"}, ValueError, "backend to be one of", "'tritn'"),
+}
+
 TABLES = {
     "mssa": (mssa, MSSA),
     "tied_attention": (tied_attention, CORE),
@@ -236,6 +283,7 @@ TABLES = {
     "overcomplete_ista": (overcomplete_ista, OVERCOMPLETE),
     "residual_norm": (residual_norm, RESIDUAL),
     "cross_entropy": (cross_entropy, LOSS),
+    "tied_embedding": (tied_embedding, WORDS),
 }
 
 
@@ -250,6 +298,9 @@ def working_call(op):
         return {"x": x, "weight": weight, "bias": bias, "y": torch.randn(2, 5, 8), "scale": scale}
     if op == "cross_entropy":
         return {"logits": x, "labels": torch.randint(8, (2, 5))}
+    if op == "tied_embedding":
+        weight, places = torch.randn(8, 8), torch.randn(5, 8)
+        return {"idx": torch.randint(8, (2, 5)), "weight": weight, "position_weight": places}
     return {"w": x, "heads": 2} if op == "tied_attention" else {"x": x, "weight": torch.eye(8)}
 
 
@@ -283,7 +334,8 @@ def test_explain_refuses_what_the_op_refuses(op, name):
 def test_the_calls_work_without_the_change():
     for op, (function, _) in TABLES.items():
         results = function(**working_call(op))
-        for t in results if op == "residual_norm" else (results,):
+        results = results[:1] if op == "tied_embedding" else results
+        for t in results if isinstance(results, tuple) else (results,):
             assert t.shape == (() if op == "cross_entropy" else (2, 5, 8))
         assert crate_kernels.explain(op, **working_call(op)).op == op
 
@@ -292,7 +344,7 @@ def test_the_calls_work_without_the_change():
 def test_mixed_dtypes_are_welcome_under_autocast_but_for_float64(op):
     call = working_call(op)
     name = {"mssa": "w_qkv", "ista": "weight", "overcomplete_ista": "decoder"}
-    name = {**name, "residual_norm": "y"}.get(op)
+    name = {**name, "residual_norm": "y", "tied_embedding": "position_weight"}.get(op)
     if name is None:
         return
     with torch.autocast("cpu", torch.bfloat16):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal_results
+from helpers import assert_equal_results, calls
 
 import crate_kernels
 from crate_kernels import crate_block, models
 from crate_kernels.models import gpt
+from crate_kernels.nn.layers import log_once
 
 SIZE = {"vocab_size": 11, "context": 9, "dim": 12, "depth": 2, "heads": 3}
 
@@ -163,22 +165,58 @@ def test_refuses_heads_that_do_not_divide_the_width():
 
 def test_layers_run_as_one_op_each_unless_something_would_be_passed_over(monkeypatch):
     idx, targets = tokens()
-    model, calls = tiny(), []
-    monkeypatch.setattr(gpt, "crate_block", lambda *a, **k: calls.append(1) or crate_block(*a, **k))
+    model, blocks = tiny(), []
+    monkeypatch.setattr(
+        gpt, "crate_block", lambda *a, **k: blocks.append(1) or crate_block(*a, **k)
+    )
     want = model(idx, targets)[1]
-    assert len(calls) == len(model.transformer["h"]) == 2
+    assert len(blocks) == len(model.transformer["h"]) == 2
     block = model.transformer["h"][0]
     seen = []
     for module in (block.prenorm_1, block.attn, block.attn.c_proj, block.ista):
-        calls.clear()
+        blocks.clear()
         hook = module.register_forward_hook(lambda m, *_: seen.append(m))
         torch.testing.assert_close(model(idx, targets)[1], want)
         hook.remove()
-        assert seen[-1] is module and len(calls) == 1  # the other layer as before
-    calls.clear()
+        assert seen[-1] is module and len(blocks) == 1  # the other layer as before
+    blocks.clear()
     block.attn.c_proj = torch.nn.Sequential(block.attn.c_proj)  # as an adapter would
     torch.testing.assert_close(model(idx, targets)[1], want)
-    assert len(calls) == 1
+    assert len(blocks) == 1
+
+
+def test_embeddings_run_as_one_op_unless_something_would_be_passed_over(caplog):
+    model, (idx, targets) = tiny(), tokens()
+
+    def found():
+        (_, loss), count = calls(lambda idx: model(idx, targets), idx)
+        grads = torch.autograd.grad(loss, tuple(model.parameters()))
+        return count.get("tied_embedding", 0), (loss, *grads)
+
+    count, want = found()
+    assert count == 1 and "tied_embedding" not in calls(model, idx)[1]
+    words, head, seen = model.transformer["wte"], model.lm_head, []
+    log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "crate_kernels"):
+        for module in (words, head):
+            hook = module.register_forward_hook(lambda m, *_: seen.append(m))
+            count, got = found()
+            hook.remove()
+            assert count == 0 and seen == [module]
+            torch.testing.assert_close(got, want)
+            seen.clear()
+        words.scale_grad_by_freq = True
+        assert found()[0] == found()[0] == 0
+    words.scale_grad_by_freq = False
+    reasons = [r.message.removeprefix("the embeddings of CRATEGPT run unfused: ")
+               for r in caplog.records]  # fmt: skip
+    assert reasons == [
+        "wte has hooks",
+        "lm_head has hooks",
+        "wte has max_norm, scale_grad_by_freq or sparse set",
+    ]
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # tied no more
+    assert found()[0] == 0
 
 
 def test_layers_of_one_op_keep_the_accuracy_of_autocast():
@@ -194,8 +232,9 @@ def test_layers_of_one_op_keep_the_accuracy_of_autocast():
     exact = results(copy.deepcopy(model).double())
     with torch.autocast("cpu", torch.bfloat16):
         got = results(model)
-        for block in model.transformer["h"]:
-            block.attn.register_forward_hook(lambda *_: None)
+        blocks = [block.attn for block in model.transformer["h"]]
+        for module in (*blocks, model.transformer["wte"]):
+            module.register_forward_hook(lambda *_: None)
         plain = results(model)
     assert got["y"].dtype == plain["y"].dtype == torch.bfloat16
     # An ISTA value that rounds to the other side of its threshold outweighs all rounding.

@@ -27,6 +27,7 @@ from crate_kernels.overcomplete_ista import triton_kernels as overcomplete_kerne
 from crate_kernels.patch_embedding import triton_kernels as stem_kernels
 from crate_kernels.residual_norm import triton_kernels as residual_kernels
 from crate_kernels.rotary import triton_kernels as rotary_kernels
+from crate_kernels.tied_embedding import triton_kernels as embedding_kernels
 
 pytestmark = pytest.mark.skipif(backends.interpreted(), reason="nothing is compiled there")
 
@@ -144,6 +145,17 @@ def launch_masked_patches(dtype, img_dtype, channels, patch_size, d):
         given = (predicted, img, mask, one, patch_size, norm_pix)
         masked_kernels.loss_forward(*given)
         masked_kernels.loss_backward(one, *given)
+
+
+def launch_tied_embedding(dtype, words, d):
+    idx, weight = meta(2, 300, dtype=torch.int64), meta(words, d, dtype=torch.float32)
+    for positions in (None, idx):
+        x = embedding_kernels.forward(
+            idx, weight, meta(300, d, dtype=torch.float32), positions, dtype
+        )
+    for given in (None, meta(words, d, dtype=dtype)):
+        rows = (x.view(-1, d), idx.view(-1))
+        embedding_kernels.add_rows(*rows, given, words, -1, torch.float32)
 
 
 def launch_patch_embedding(dtype, img_dtype, channels, patch_size, d):
@@ -285,6 +297,16 @@ def test_residual_norm_builds(capability, x_dtype, dtype):
         "normalise_backward_kernel",
         "sum_partials_kernel",
     }
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tied_embedding_builds(capability, dtype):
+    with builds_for(capability) as builds:
+        for words, d in [(50304, 768), (50265, 768), (1, 1), (300, 2048)]:
+            launch_tied_embedding(dtype, words, d)
+    check(builds, capability)
+    assert {build.name for build in builds} == {"embed_kernel", "pieces_kernel", "rows_kernel"}
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

@@ -374,10 +374,13 @@ def _narrow_if(narrow: bool, t: Tensor) -> Tensor:
 
 
 class PublishedGPT(CRATEGPT):
-    """CRATE-GPT with torch's loss."""
+    """CRATE-GPT with torch's embeddings and loss."""
 
-    def _with_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._logits(x)
+    def _reason_against_tied_embedding(self) -> str | None:
+        return ""
+
+    def _with_loss(self, x: Tensor, targets: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = self._logits(x, words)
         flat = logits.flatten(0, 1)
         return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=gpt.IGNORED)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -18,6 +19,7 @@ from ..decode.op import tied_attention_decode
 from ..library import autocast_dtype
 from ..mssa.op import tied_attention
 from ..nn.layers import ISTA, log_once, reason_against_dtypes, reason_against_modules
+from ..tied_embedding.op import tied_embedding
 
 IGNORED = -1  # a target that counts for nothing
 
@@ -237,20 +239,50 @@ class CRATEGPT(nn.Module):
         """
         self._check_tokens(idx)
         parts: Any = self.transformer
-        x = parts["wte"](idx) + parts["wpe"].weight[: idx.shape[1]]
+        x, words = self._embed(idx, targets is not None)
         for block in parts["h"]:
             x = block(x)
         if targets is None:
             return self._logits(x[:, -1:]), None
-        return self._with_loss(x, targets)
+        return self._with_loss(x, targets, words)
 
-    def _with_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._logits(x)
+    def _embed(self, idx: Tensor, for_loss: bool) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, dim), and the weight that the head is to multiply with, or None."""
+        parts: Any = self.transformer
+        places = parts["wpe"].weight[: idx.shape[1]]
+        reason = self._reason_against_tied_embedding() if for_loss else ""
+        if reason is None:
+            padding: Any = parts["wte"].padding_idx
+            return tied_embedding(idx, self.lm_head.weight, places, padding_idx=padding)
+        if reason and not torch.compiler.is_compiling():
+            log_once(f"the embeddings of CRATEGPT run unfused: {reason}")
+        return parts["wte"](idx) + places, None
+
+    def _reason_against_tied_embedding(self) -> str | None:
+        """Why embeddings and head must be called right now; None if they need not."""
+        if _has_any_global_hook():
+            return "hooks on all modules are registered"
+        parts: Any = self.transformer
+        head: Any = self.lm_head
+        words = parts["wte"]
+        named = (("wte", words, nn.Embedding), ("lm_head", head, nn.Linear))
+        reason = reason_against_modules(named)
+        if reason is not None:
+            return reason
+        if words.weight is not head.weight or head.bias is not None:
+            return "lm_head has a bias, or a weight of its own"
+        if (words.max_norm, words.scale_grad_by_freq, words.sparse) != (None, False, False):
+            return "wte has max_norm, scale_grad_by_freq or sparse set"
+        return reason_against_dtypes(words.weight, parts["wpe"].weight)
+
+    def _with_loss(self, x: Tensor, targets: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = self._logits(x, words)
         return logits, cross_entropy(logits, targets.view(logits.shape[:-1]), ignore_index=IGNORED)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, words: Tensor | None = None) -> Tensor:
         parts: Any = self.transformer
-        return self.lm_head(parts["ln_f"](x) if "ln_f" in parts else x)
+        x = parts["ln_f"](x) if "ln_f" in parts else x
+        return self.lm_head(x) if words is None else F.linear(x, words)
 
     def _check_tokens(self, idx: Tensor) -> None:
         if idx.dim() != 2 or not 0 < idx.shape[1] <= self.context:
