@@ -278,9 +278,12 @@ def test_the_decoder_in_whole_steps(vocabulary):
 
 
 def unfused(model):
-    """A hook on the output of each layer, whose modules then run one by one, and on other norms."""
+    """A hook on the output of each layer, whose modules then run one by one, and on the others that
+    are not called."""
     outputs = [layer.output for layer in model.crate["encoder"]["layer"]]
-    for module in (*outputs, model.crate["embeddings"].LayerNorm, model.lm_head.layer_norm):
+    embeddings = model.crate["embeddings"]
+    others = (embeddings.word_embeddings, embeddings.LayerNorm, model.lm_head.layer_norm)
+    for module in (*outputs, *others):
         module.register_forward_hook(lambda *_: None)
     return model
 
@@ -295,16 +298,37 @@ def loss_and_gradients(model, idx, labels, **options):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_fused_and_unfused_layers_agree(dropout):
+@pytest.mark.parametrize("padding_is_seen", [False, True])
+def test_fused_and_unfused_models_agree(dropout, padding_is_seen):
     model = tiny(dropout=dropout)
     idx, labels, mask = tokens()
+    options = {} if padding_is_seen else {"lengths": mask.sum(1)}
+    labels = labels.clamp(min=0) if padding_is_seen else labels
     other = unfused(copy.deepcopy(model))
     found = []
-    for m, expected in ((model, 6), (other, 0)):
-        _, count = calls(lambda idx, m=m: m(idx, lengths=mask.sum(1)), idx)
-        assert count.get("residual_norm", 0) == expected
-        found.append(loss_and_gradients(m, idx, labels, lengths=mask.sum(1)))
+    for m, norms, embeddings in ((model, 6, 1), (other, 0, 0)):
+        _, count = calls(lambda idx, m=m: m(idx, labels, **options), idx)
+        assert count.get("residual_norm", 0) == norms
+        assert count.get("tied_embedding", 0) == embeddings
+        found.append(loss_and_gradients(m, idx, labels, **options))
     assert_equal_results(*found, dropout)
+
+
+def test_embeddings_and_head_are_not_passed_over():
+    model, (idx, labels, _) = tiny(), tokens()
+    want = loss_and_gradients(model, idx, labels)
+    embeddings, head, seen = model.crate["embeddings"], model.lm_head, []
+    tables = [getattr(embeddings, f"{k}_embeddings") for k in ("word", "position")]
+    for module in (embeddings, *tables, head, head.decoder):
+        hook = module.register_forward_hook(lambda m, *_: seen.append(m))
+        _, count = calls(lambda idx: model(idx, labels), idx)
+        assert seen == [module] and "tied_embedding" not in count, type(module)
+        assert_equal_results(loss_and_gradients(model, idx, labels), want, type(module))
+        hook.remove()
+        seen.clear()
+    embeddings.word_embeddings.max_norm = 1e9
+    _, count = calls(lambda idx: model(idx, labels), idx)
+    assert "tied_embedding" not in count
 
 
 def test_hooks_and_other_modules_are_not_passed_over(caplog):

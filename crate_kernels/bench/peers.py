@@ -386,9 +386,12 @@ class PublishedGPT(CRATEGPT):
 
 
 class PublishedBERT(CRATEBERT):
-    """CRATE-BERT with torch's loss."""
+    """CRATE-BERT with torch's embeddings and loss."""
 
-    def _with_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _reason_against_tied_embedding(self) -> str | None:
+        return ""
+
+    def _with_loss(self, x: Tensor, labels: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = self.lm_head(x)
         flat = logits.flatten(0, 1)
         return logits, F.cross_entropy(flat, labels.flatten(), ignore_index=bert.IGNORED)
@@ -399,8 +402,8 @@ class PublishedBERTEmbeddings(BERTEmbeddings):
 
     narrow: bool
 
-    def normed(self, x: Tensor, y: Tensor) -> Tensor:
-        return _narrow_if(self.narrow, self.LayerNorm(x + y))
+    def normed(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return _narrow_if(self.narrow, self.LayerNorm(x if y is None else x + y))
 
 
 class PublishedBERTHead(BERTHead):

@@ -28,6 +28,7 @@ from ..nn.layers import (
     reason_against_modules,
 )
 from ..residual_norm.op import residual_norm
+from ..tied_embedding.op import tied_embedding
 
 IGNORED = -100  # a label that counts for nothing
 ALIGNED = 8  # elements: 16 bytes in half precision
@@ -224,16 +225,32 @@ class BERTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, idx: Tensor, token_types: Tensor | None = None) -> Tensor:
-        counts = idx != self.padding
-        position = counts.cumsum(1) * counts + self.padding
         x = self.word_embeddings(idx)
         if token_types is None:
             x = x + self.token_type_embeddings.weight[0]
         else:
             x = x + self.token_type_embeddings(token_types)
-        return self.dropout(self.normed(x, self.position_embeddings(position)))
+        return self.dropout(self.normed(x, self.position_embeddings(self.positions(idx))))
 
-    def normed(self, x: Tensor, y: Tensor) -> Tensor:
+    def positions(self, idx: Tensor) -> Tensor:
+        counts = idx != self.padding
+        return counts.cumsum(1) * counts + self.padding
+
+    def tied(self, idx: Tensor, token_types: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same by :func:`tied_embedding`, and the words' weight for the head."""
+        p, rows = self.padding, self.position_embeddings.weight
+        rows = torch.cat((rows[:p], rows[p : p + 1].detach(), rows[p + 1 :]))  # as padding_idx has
+        types, positions = self.token_type_embeddings.weight, self.positions(idx)
+        if token_types is None:
+            types = types[:1]
+        else:
+            positions = positions + len(rows) * token_types
+        table = (rows + types[:, None]).flatten(0, 1)
+        words = self.word_embeddings.weight
+        x, head = tied_embedding(idx, words, table, positions, padding_idx=p)
+        return self.dropout(self.normed(x, None)), head
+
+    def normed(self, x: Tensor, y: Tensor | None) -> Tensor:
         return normed(x, y, "embeddings.LayerNorm", self.LayerNorm)
 
 
@@ -248,16 +265,21 @@ class BERTHead(nn.Module):
         self.decoder = nn.Linear(dim, vocab_size, **factory)
         self.bias = self.decoder.bias
 
-    def forward(self, x: Tensor, for_loss: bool = False) -> Tensor:
-        """x (..., dim) -> logits (..., vocab_size), or ``for_loss`` those in whole steps, with a
-        bias that has its gradient from the loss alone."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> logits (..., vocab_size)."""
         x = self.normed(F.gelu(self.dense(x)))
-        weight, n = self.decoder.weight, len(self.decoder.weight)
-        bias = self.decoder.bias.detach() if for_loss else self.decoder.bias
+        n = len(self.decoder.weight)
         if needs_whole_steps(x, n):
-            logits = linear_in_whole_steps(x, weight, bias)
-            return logits if for_loss else logits[..., :n]
-        return F.linear(x, weight, bias) if for_loss else self.decoder(x)
+            return linear_in_whole_steps(x, self.decoder.weight, self.decoder.bias)[..., :n]
+        return self.decoder(x)
+
+    def for_loss(self, x: Tensor, words: Tensor | None) -> Tensor:
+        """Logits in whole steps, whose bias has its gradient from the loss alone; ``words``: the
+        decoder's weight as its GEMM takes it, if that is there already."""
+        x = self.normed(F.gelu(self.dense(x)))
+        weight = self.decoder.weight if words is None else words
+        linear = linear_in_whole_steps if needs_whole_steps(x, len(weight)) else F.linear
+        return linear(x, weight, self.decoder.bias.detach())
 
     def normed(self, x: Tensor) -> Tensor:
         return normed(x, None, "lm_head.layer_norm", self.layer_norm)
@@ -372,24 +394,68 @@ class CRATEBERT(nn.Module):
             refuse("CRATEBERT", wanted, tuple(idx.shape))
         seen = _seen(idx, attention_mask, lengths)
         parts: Any = self.crate
-        x = parts["embeddings"](idx, token_types)
+        x, words = self._embed(idx, token_types, labels is not None)
         for layer in parts["encoder"]["layer"]:
             x = layer(x, seen)
         if labels is None:
             return self.lm_head(x), None
-        return self._with_loss(x, labels)
+        return self._with_loss(x, labels, words)
 
-    def _with_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, idx: Tensor, token_types: Tensor | None, for_loss: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, dim), and the weight that the head is to multiply with, or None."""
+        embeddings: Any = self.crate["embeddings"]
+        reason = self._reason_against_tied_embedding() if for_loss else ""
+        if reason is None:
+            return embeddings.tied(idx, token_types)
+        if reason and not torch.compiler.is_compiling():
+            log_once(f"the embeddings of CRATEBERT run unfused: {reason}")
+        return embeddings(idx, token_types), None
+
+    def _reason_against_tied_embedding(self) -> str | None:
+        """Why embeddings and head must be called right now; None if they need not."""
+        embeddings: Any = self.crate["embeddings"]
+        reason = self._reason_against_loss_of_head()
+        if reason is None:
+            reason = reason_against_modules((("embeddings", embeddings, BERTEmbeddings),))
+        if reason is not None:
+            return reason
+        kinds = ("word", "position", "token_type")
+        tables: Any = [embeddings._modules.get(f"{kind}_embeddings") for kind in kinds]
+        named = [(f"{k}_embeddings", t, nn.Embedding) for k, t in zip(kinds, tables, strict=True)]
+        reason = reason_against_modules(named)
+        if reason is not None:
+            return reason
         head: Any = self.lm_head
-        labels = labels.view(x.shape[:-1])
+        if tables[0].weight is not head.decoder.weight:
+            return "the decoder has a weight of its own"
+        if any(
+            (t.max_norm, t.scale_grad_by_freq, t.sparse) != (None, False, False) for t in tables
+        ):
+            return "an embedding has max_norm, scale_grad_by_freq or sparse set"
+        return reason_against_dtypes(*(t.weight for t in tables))
+
+    def _reason_against_loss_of_head(self) -> str | None:
+        """Why the head must be called as it is; None if the loss may take what it likes of it."""
+        if _has_any_global_hook():
+            return "hooks on all modules are registered"
+        head: Any = self.lm_head
         decoder = head._modules.get("decoder")
         named = (("lm_head", head, BERTHead), ("lm_head.decoder", decoder, nn.Linear))
-        other = _has_any_global_hook() or reason_against_modules(named) is not None
-        if other or decoder.bias is None:
+        reason = reason_against_modules(named)
+        if reason is None and decoder.bias is None:
+            return "lm_head.decoder has no bias"
+        return reason
+
+    def _with_loss(self, x: Tensor, labels: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        head: Any = self.lm_head
+        labels = labels.view(x.shape[:-1])
+        if self._reason_against_loss_of_head() is not None:
             logits = head(x)
             return logits, cross_entropy(logits, labels, ignore_index=IGNORED)
         # Not narrowed before the loss: that gradient would be copied into a wider one.
-        logits, bias = head(x, for_loss=True), decoder.bias
+        logits, bias = head.for_loss(x, words), head.decoder.bias
         n = len(bias)
         options: dict[str, Any] = {"ignore_index": IGNORED, "vocab_size": n, "added_bias": bias}
         loss = cross_entropy(logits, labels, **options)
