@@ -11,7 +11,7 @@ from crate_kernels import tied_embedding
 from crate_kernels.tied_embedding import torch_kernels, triton_kernels
 from crate_kernels.tied_embedding.triton_kernels import PIECE
 
-# A word has no token, a few, or so many that they are cut: into pieces, by rows of 4 and of 32.
+# A word has no token, a few, or so many that they are cut: into pieces.
 SHAPES = [(1, 1, 1, 1), (2, 5, 7, 12), (2, 50, 4, 20), (3, 11, 60, 9)]
 
 
