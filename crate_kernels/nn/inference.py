@@ -107,7 +107,7 @@ def layer_constants(
     if all(folded) and w_out is not None and w_out.shape == w_qkv.shape:
         b_out = given["b_out"]
         bias = w_out.new_zeros(len(w_out)) if b_out is None else b_out
-        of_few = LayerOfFew(*folded[0], w_out, bias.float(), *folded[1])
+        of_few = LayerOfFew._make((*folded[0], w_out, bias.float(), *folded[1]))
     found = LayerConstants(made_from, w_qkv.to(dtype), w_out, gram, *folded, of_few)
     if x.is_cuda:  # kernels may read them before the ones ahead end, and those made them
         torch.cuda.current_stream(x.device).synchronize()

@@ -236,7 +236,9 @@ def test_projection_with_residual_and_moments(shape, dtype, with_bias):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("shape", [(197, 768, 768), (1, 192, 192), (65, 1024, 1024), (130, 576, 384)])
+@pytest.mark.parametrize(
+    "shape", [(197, 768, 768), (1, 192, 192), (65, 1024, 1024), (130, 576, 384)]
+)
 def test_few_rows(shape, dtype):
     """A projection of normed rows, one with a residual, and ISTA of normed rows."""
     from crate_kernels import cuda_extension
