@@ -198,34 +198,6 @@ void bind_block(py::module_& module) {
         py::arg("third_sum"), py::arg("dtype"), py::arg("stream"));
 
     module.def(
-        "few_rows",
-        [](Pointer a, Pointer weight, Pointer scales, Pointer sums, Pointer shift, Pointer c,
-           Pointer out, int64_t rows, int n, int k, float eps, float threshold, bool clips,
-           const std::string& dtype, Pointer stream) {
-            const FewRows args{
-                .a = at<const void>(a),
-                .weight = at<const void>(weight),
-                .scales = at<const float>(scales),
-                .sums = at<const float>(sums),
-                .shift = at<const float>(shift),
-                .c = at<const void>(c),
-                .out = at<void>(out),
-                .rows = rows,
-                .n = n,
-                .k = k,
-                .eps = eps,
-                .threshold = threshold,
-                .clips = clips,
-                .dtype = dtype_named(dtype),
-            };
-            few_rows(args, stream_at(stream));
-        },
-        py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("a"), py::arg("weight"),
-        py::arg("scales"), py::arg("sums"), py::arg("shift"), py::arg("c"), py::arg("out"),
-        py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("eps"), py::arg("threshold"),
-        py::arg("clips"), py::arg("dtype"), py::arg("stream"));
-
-    module.def(
         "encoder_of_few",
         [](Pointer x, const std::vector<std::array<Pointer, 9>>& layers,
            const std::vector<float>& thresholds, Pointer y, Pointer w, Pointer o, Pointer z,

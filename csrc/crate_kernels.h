@@ -111,27 +111,6 @@ void normalise_backward(const NormaliseBackward& args, cudaStream_t stream);
 int normalise_backward_parts(int64_t rows, int d);
 inline constexpr int kMostNormedColumns = 1024;
 
-// out = act(rstd e (a W^T - mean s) + f + c), for few rows. With s, mean and rstd are those of the
-// rows of a, which the kernel finds itself; without, and without e, f or c, they are 0 and 1. act
-// takes the threshold off and clips at 0, or nothing. n is a multiple of 8; k is 192, 384, 576, 768
-// or 1024. The weight, e, s and f are read before the kernel ahead ends: they must be there before
-// it lets others start.
-struct FewRows {
-    const void* a;        // (rows, k), float16 or bfloat16
-    const void* weight;   // W: (n, k), as a
-    const float* scales;  // e: (n), or null
-    const float* sums;    // s: (n), or null
-    const float* shift;   // f: (n), or null
-    const void* c;        // (rows, n), as a, or null
-    void* out;            // (rows, n), as a
-    int64_t rows;
-    int n, k;
-    float eps, threshold;
-    bool clips;
-    Dtype dtype;
-};
-void few_rows(const FewRows& args, cudaStream_t stream);
-
 // All layers of an encoder in one kernel, for few rows:
 //     w = LN(x) U^T,  o = attention(w),  z = x + o V^T + b,  x = relu(LN(z) (I + G) - threshold)
 // with the norms folded into U and G as in NormedProjection and IstaNormedForward. Contiguous,

@@ -21,8 +21,10 @@ from ..library import define
 # csrc/block/encoder_of_few.cu
 MOST_TOKENS, MOST_LAYERS = 256, 24
 HEADS_OF = {384: 6, 576: 12, 768: 12}
-# Measured on an H200 (docs/performance.md): where it wins over a layer after the other.
-MOST_ROWS = 400
+ROWS, COLUMNS = 64, 128  # of a cluster
+# Measured on an H200 (docs/performance.md): as long as every row tile has its own clusters it wins
+# over a layer after the other, else it loses.
+MOST_CLUSTERS = 32
 
 
 class LayerOfFew(NamedTuple):
@@ -43,10 +45,11 @@ class LayerOfFew(NamedTuple):
 def takes(x: Tensor, depth: int, heads: int) -> bool:
     """Whether the op runs on x (B, N, D) with square projections, and is the fastest way."""
     b, n, d = x.shape
+    clusters = -(-b * n // ROWS) * -(-d // COLUMNS)
     fits = (
         x.dtype in (torch.float16, torch.bfloat16)
         and 0 < n <= MOST_TOKENS
-        and 0 < b * n <= MOST_ROWS
+        and 0 < clusters <= MOST_CLUSTERS
         and 0 < depth <= MOST_LAYERS
         and HEADS_OF.get(d) == heads
     )

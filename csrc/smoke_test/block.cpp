@@ -191,59 +191,6 @@ bool test_residual_projection(Dtype dtype, int rows, int d, int inner, bool has_
                                  moments_of(want, d), 2, 0x1p-19);
 }
 
-// relu(scales LN(a) W^T + shift + c - threshold), or a W^T + shift + c.
-bool test_few_rows(Dtype dtype, int rows, int d, int n, bool norms) {
-    const double threshold = norms ? 0.25 : 0;
-    NormedCase c(dtype, rows, d, n);
-    std::string name = std::string("few rows ") + name_of(dtype) + " " + std::to_string(rows) +
-                       " x " + std::to_string(d) + " x " + std::to_string(n) +
-                       (norms ? ", normed" : "");
-    std::mt19937 generator(d);
-    Values added = random_values(size_t(rows) * n, dtype, generator);
-    std::vector<float> scales(n);
-    for (int j = 0; j < n; ++j) scales[j] = norms ? 1 + float(j) / 256 / n : 1;
-    if (!norms) {  // then nothing is taken off and nothing divided
-        for (size_t i = 0; i < c.stats.size(); ++i) c.stats[i] = i % 2;
-    }
-    DeviceArray a_in(to_bytes(c.x, dtype)), weight_in(to_bytes(c.weight, dtype)),
-        added_in(to_bytes(added, dtype));
-    DeviceArray scales_in(scales), sums_in(c.sums), shift_in(c.shift);
-    DeviceArray<unsigned char> out(added_in.size());
-    Bytes out_of[2];
-    for (Bytes& result : out_of) {
-        out.poison();
-        few_rows({.a = a_in.data(),
-                  .weight = weight_in.data(),
-                  .scales = norms ? scales_in.data() : nullptr,
-                  .sums = norms ? sums_in.data() : nullptr,
-                  .shift = shift_in.data(),
-                  .c = added_in.data(),
-                  .out = out.data(),
-                  .rows = rows,
-                  .n = n,
-                  .k = d,
-                  .eps = 1e-5f,
-                  .threshold = float(threshold),
-                  .clips = norms,
-                  .dtype = dtype},
-                 nullptr);
-        check(cudaDeviceSynchronize());
-        result = out.on_host();
-    }
-    bool passed = out_of[0] == out_of[1];
-    if (!passed) std::printf("FAILED %s: two runs differ\n", name.c_str());
-    auto sum = [&](const Round& to) {
-        Values all = c.product(to, scales);
-        for (size_t i = 0; i < all.size(); ++i) {
-            double value = to(all[i]) + added[i] - threshold;
-            all[i] = to(norms ? std::max(value, 0.0) : value);
-        }
-        return all;
-    };
-    return passed & close_enough(name, from_bytes(out_of[0], dtype), sum(c.round), sum(exact), 2,
-                                 unit_of(dtype));
-}
-
 bool test_normalise_backward(Dtype dtype, int rows, int d, bool adds, bool third_sum) {
     std::mt19937 generator(rows);
     std::string name = std::string("norm's gradient ") + name_of(dtype) + " " +
@@ -397,28 +344,25 @@ bool test_encoder_of_few(Dtype dtype, int batch, int n, int d, int heads, int de
     DeviceArray<unsigned char> w(x_in.size()), o(x_in.size()), z(x_in.size()), y(x_in.size());
     DeviceArray<float> lse(size_t(batch) * heads * n);
 
-    auto product = [&](const void* a, const void* weight, const float* scales, const float* sums,
-                       const float* shift, const void* c, void* out, float threshold, bool clips) {
-        few_rows({.a = a,
-                  .weight = weight,
-                  .scales = scales,
-                  .sums = sums,
-                  .shift = shift,
-                  .c = c,
-                  .out = out,
-                  .rows = rows,
-                  .n = d,
-                  .k = d,
-                  .eps = eps,
-                  .threshold = threshold,
-                  .clips = clips,
-                  .dtype = dtype},
-                 nullptr);
+    DeviceArray<float> moments(size_of_moments(rows, d));
+    auto statistics = [&](const DeviceArray<unsigned char>& t) {
         check(cudaDeviceSynchronize());
+        return &vectors.emplace_back(statistics_of(from_bytes(t.on_host(), dtype), d));
     };
-    const void* x = x_in.data();
-    for (const EncoderLayer& l : layers) {
-        product(x, l.w_qkv, nullptr, l.qkv_sums, l.qkv_shift, nullptr, w.data(), 0, false);
+    for (int i = 0; i < depth; ++i) {
+        const EncoderLayer& l = layers[i];
+        const auto& x = i == 0 ? x_in : y;
+        normed_projection({.x = x.data(),
+                           .stats = statistics(x)->data(),
+                           .weight = l.w_qkv,
+                           .sums = l.qkv_sums,
+                           .shift = l.qkv_shift,
+                           .w = w.data(),
+                           .rows = rows,
+                           .d = d,
+                           .inner = d,
+                           .dtype = dtype},
+                          nullptr);
         attention_forward({.w = w.data(),
                            .w_stride_batch = int64_t(n) * d,
                            .w_stride_row = d,
@@ -432,10 +376,32 @@ bool test_encoder_of_few(Dtype dtype, int batch, int n, int d, int heads, int de
                            .causal = false,
                            .dtype = dtype},
                           nullptr);
-        product(o.data(), l.w_out, nullptr, nullptr, l.bias, x, z.data(), 0, false);
-        product(z.data(), l.gram, l.gram_scales, l.gram_sums, l.gram_shift, nullptr, y.data(),
-                l.threshold, true);
-        x = y.data();
+        residual_projection({.o = o.data(),
+                             .w_out = l.w_out,
+                             .bias = l.bias,
+                             .x = x.data(),
+                             .z = z.data(),
+                             .moments = moments.data(),
+                             .rows = rows,
+                             .d = d,
+                             .inner = d,
+                             .dtype = dtype},
+                            nullptr);
+        ista_normed_forward({.z = z.data(),
+                             .stats = statistics(z)->data(),
+                             .weight = l.gram,
+                             .scales = l.gram_scales,
+                             .sums = l.gram_sums,
+                             .shift = l.gram_shift,
+                             .y = y.data(),
+                             .mask = nullptr,
+                             .moments = nullptr,
+                             .rows = rows,
+                             .d = d,
+                             .threshold = l.threshold,
+                             .dtype = dtype},
+                            nullptr);
+        check(cudaDeviceSynchronize());
     }
     Values want = from_bytes(y.on_host(), dtype);
     Bytes first;
@@ -479,19 +445,6 @@ bool test_encoder_of_few_everywhere() {
         passed &= test_encoder_of_few(dtype, 1, 256, 768, 12, 2);
         passed &= test_encoder_of_few(dtype, 5, 10, 576, 12, 2);
         passed &= test_encoder_of_few(dtype, 9, 130, 384, 6, 2);
-    }
-    return passed;
-}
-
-bool test_few_rows_everywhere() {
-    bool passed = true;
-    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
-        for (auto [rows, d, n] :
-             {std::array{197, 768, 384}, {65, 1024, 136}, {1, 192, 8}, {9, 576, 200}}) {
-            for (bool norms : {false, true}) {
-                passed &= test_few_rows(dtype, rows, d, n, norms);
-            }
-        }
     }
     return passed;
 }

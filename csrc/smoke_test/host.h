@@ -209,7 +209,6 @@ bool test_ista_everywhere();
 bool test_normed_ista_everywhere();
 bool test_normed_projection_everywhere();
 bool test_residual_projection_everywhere();
-bool test_few_rows_everywhere();
 bool test_encoder_of_few_everywhere();
 bool test_normalise_backward_everywhere();
 bool test_overcomplete_ista_everywhere();

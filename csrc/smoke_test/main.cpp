@@ -23,7 +23,6 @@ int main() {
         passed &= test_normed_projection_everywhere();
         passed &= test_residual_projection_everywhere();
         passed &= test_output_gradient_everywhere();
-        passed &= test_few_rows_everywhere();
         passed &= test_encoder_of_few_everywhere();
         passed &= test_normalise_backward_everywhere();
         passed &= test_ista_everywhere();

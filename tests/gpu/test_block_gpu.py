@@ -18,6 +18,8 @@ from helpers import (
 )
 
 from crate_kernels import crate_block, explain
+from crate_kernels.block import torch_kernels
+from crate_kernels.block.of_few import LayerOfFew
 from crate_kernels.block.op import PARAMETERS, chained_block
 
 triton_kernels = pytest.importorskip("crate_kernels.block.triton_kernels")
@@ -237,47 +239,39 @@ def test_projection_with_residual_and_moments(shape, dtype, with_bias):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(197, 768, 768), (1, 192, 192), (65, 1024, 1024), (130, 576, 384)]
+    "shape", [(1, 197, 768, 12), (1, 256, 768, 12), (3, 65, 384, 6), (4, 197, 576, 12)]
 )
-def test_few_rows(shape, dtype):
-    """A projection of normed rows, one with a residual, and ISTA of normed rows."""
+def test_encoder_of_few(shape, dtype):
+    """Three layers as one kernel; of 4x197x576 more row tiles than clusters run at once."""
     from crate_kernels import cuda_extension
 
     if reasons := cuda_extension.against("cuda", torch.cuda.current_device()):
         pytest.skip("; ".join(reasons))
     kernels = pytest.importorskip("crate_kernels.block.cuda_kernels")
-    rows, d, inner = shape
-    x = (torch.randn(rows, d, device="cuda") + torch.randn(rows, 1, device="cuda")).to(dtype)
-    o = torch.randn(rows, inner, device="cuda").to(dtype)
-    gamma = 1 + 0.2 * torch.randn(d, device="cuda")
-    beta, bias = (0.2 * torch.randn(d, device="cuda") for _ in range(2))
-    u = d**-0.5 * torch.randn(inner, d, device="cuda")
-    v = (inner**-0.5 * torch.randn(d, inner, device="cuda")).to(dtype)
-    gram = (0.1 * d**-0.5 * torch.randn(d, d, device="cuda")).to(dtype)
+    b, n, d, heads = shape
+    x = torch.randn(b, n, d, device="cuda").to(dtype)
 
-    def plain(x, o, gamma, beta, bias, u, v, gram):
-        h = torch.nn.functional.layer_norm(x, (d,), gamma, beta)
-        y = torch.relu(h + h @ gram - 0.01)
-        return {"w": h @ u.mT, "z": x + torch.nn.functional.linear(o, v, bias), "y": y}
+    def matrix(scale=1.0):
+        return (scale * d**-0.5 * torch.randn(d, d, device="cuda")).to(dtype)
 
-    folded, sums, shift = triton_kernels.fold(u, gamma, beta, dtype)
-    weight, scales, gram_sums, gram_shift = triton_kernels.fold_gram(gram, gamma, beta)
+    def vector(start=0.0):
+        return start + 0.2 * torch.randn(d, device="cuda")
 
-    def ours():
-        normed = {"scales": scales, "sums": gram_sums, "shift": gram_shift}
-        return {
-            "w": kernels.few_rows(x, folded, sums=sums, shift=shift, eps=1e-5),
-            "z": kernels.few_rows(o, v, shift=bias, c=x),
-            "y": kernels.few_rows(x, weight, **normed, eps=1e-5, threshold=0.01),
-        }
-
+    layers = []
+    for _ in range(3):
+        gamma, beta, u = vector(1), vector(), matrix()
+        folded_qkv = triton_kernels.fold(u, gamma, beta, dtype)
+        folded_gram = triton_kernels.fold_gram(matrix(0.1), gamma, beta)
+        layers.append(LayerOfFew(*folded_qkv, matrix(), vector(), *folded_gram))
+    thresholds, rest = [0.01, 0.02, 0.0], (heads, (d // heads) ** -0.5, 1e-5)
     torch.cuda.synchronize()
-    got = ours()
+    y = kernels.encoder_of_few(x, layers, thresholds, *rest)
     for _ in range(REPEATS):
-        assert all(torch.equal(a, got[name]) for name, a in ours().items())
-    given = (x, o, gamma, beta, bias, u, v, gram)
-    exact = plain(*(t.double() for t in given))
-    assert_as_close_as_plain(got, plain(*(t.to(dtype) for t in given)), exact, shape)
+        assert torch.equal(kernels.encoder_of_few(x, layers, thresholds, *rest), y)
+    exact_layers = [LayerOfFew(*(t.double() for t in layer)) for layer in layers]
+    exact = torch_kernels.encoder_of_few(x.double(), exact_layers, thresholds, *rest)
+    plain = torch_kernels.encoder_of_few(x, layers, thresholds, *rest)
+    assert_as_close_as_plain({"y": y}, {"y": plain}, {"y": exact}, shape)
 
 
 def test_moments_of_tiles_that_are_not_there():
