@@ -153,6 +153,12 @@ def test_opcheck_crate_block(memory, c_dtype, out, follows):
         torch.library.opcheck(OPS.crate_block_backward, (*saved, *options))
 
 
+def test_opcheck_encoder_of_few():
+    x = torch.randn(2, 5, 8)
+    layers = [torch.randn(8, 8) if i in (0, 3, 5) else torch.randn(8) for i in range(9)] * 2
+    torch.library.opcheck(OPS.encoder_of_few, (x, layers, [0.01, 0.02], 2, 0.5, 1e-5))
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 @pytest.mark.parametrize("c_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -338,6 +344,7 @@ def test_every_registered_op_is_checked_above():
             "ista_learned_backward",
             "ista_learned_apply",
             "crate_block",
+            "encoder_of_few",
             "crate_block_backward",
             "cross_entropy",
             "cross_entropy_backward",
