@@ -37,7 +37,7 @@ def test_passes(form, x_dtype, y_dtype, dtype, monkeypatch):
     monkeypatch.setattr(  # so that one program has rows more than once
         triton_kernels, "backward_config", lambda d: dataclasses.replace(config(d), programs=2)
     )
-    for shape in SHAPES:
+    for shape in SHAPES if x_dtype == y_dtype == dtype else [(7, 24), (2, 3, 5)]:
         inputs = cast(residual_inputs(*shape, form=form), x_dtype, y_dtype)
         x, gamma, beta = (inputs[name] for name in ("x", "weight", "bias"))
         y, scale = (inputs.get(name) for name in ("y", "scale"))
