@@ -14,7 +14,7 @@ from .. import cuda_extension
 from ..cuda_extension import readable
 from ..library import on_device_of, stream_of
 from . import triton_kernels
-from .of_few import LayerOfFew
+from .of_few import ROWS, LayerOfFew
 
 normalise = triton_kernels.normalise
 statistics = triton_kernels.statistics
@@ -95,7 +95,7 @@ def encoder_of_few(
     kept = [[readable(t) for t in layer] for layer in layers]
     y, w, o, z = (torch.empty_like(x) for _ in range(4))
     lse = torch.empty(b, heads, n, dtype=torch.float32, device=x.device)
-    counters = torch.zeros(len(layers), 4, -(-b * n // 64), dtype=torch.int32, device=x.device)
+    counters = torch.zeros(len(layers), 4, -(-b * n // ROWS), dtype=torch.int32, device=x.device)
     scratch = {"w": w, "o": o, "z": z, "lse": lse, "counters": counters}
     with on_device_of(x):
         cuda_extension.load().encoder_of_few(

@@ -7,7 +7,6 @@ attention_mask hides tokens anywhere, and where dropout is active on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..nn.layers import (
     reason_against_dtypes,
     reason_against_modules,
 )
+from ..nn.steps import normed, reason_against_fused_norms
 from ..residual_norm.op import residual_norm
 from ..tied_embedding.op import tied_embedding
 
@@ -57,39 +57,6 @@ def attend(w: Tensor, heads: int, seen: Seen, dropout: float) -> Tensor:
 
 
 ALL = Seen()
-
-
-def reason_against_fused_norms(
-    x: Tensor, modules: Sequence[tuple[str, Any, type[nn.Module]]]
-) -> str | None:
-    """Why the norms among named ``modules`` must be called (on x) right now; None if they need not.
-
-    ``modules`` are all that would not be called otherwise, each with the class it should have.
-    """
-    if _has_any_global_hook():
-        return "hooks on all modules are registered"
-    reason = reason_against_modules(modules)
-    if reason is not None:
-        return reason
-    norms = [module for _, module, kind in modules if kind is nn.LayerNorm]
-    for norm in norms:
-        if norm.weight is None or norm.bias is None or norm.eps <= 0:
-            return "a norm has no weight, no bias or an eps of 0"
-        if norm.weight.shape != x.shape[-1:]:
-            return "a norm is not over the last dimension alone"
-    return reason_against_dtypes(x, *(t for norm in norms for t in (norm.weight, norm.bias)))
-
-
-def normed(x: Tensor, y: Tensor | None, name: str, norm: Any) -> Tensor:
-    """norm(x + y) by :func:`residual_norm`, in autocast's dtype, or by calling the norm where that
-    would pass over something: the log names the reason once."""
-    reason = reason_against_fused_norms(x, ((name, norm, nn.LayerNorm),))
-    if reason is None:
-        return residual_norm(x, norm.weight, norm.bias, y, eps=norm.eps)[1]
-    if not torch.compiler.is_compiling():
-        log_once(f"a norm of CRATEBERT runs unfused: {reason}")
-    h: Tensor = norm(x if y is None else x + y)
-    return h
 
 
 class BERTSelfAttention(nn.Module):
@@ -251,7 +218,7 @@ class BERTEmbeddings(nn.Module):
         return self.dropout(self.normed(x, None)), head
 
     def normed(self, x: Tensor, y: Tensor | None) -> Tensor:
-        return normed(x, y, "embeddings.LayerNorm", self.LayerNorm)
+        return normed("CRATEBERT", "embeddings.LayerNorm", self.LayerNorm, x, y)
 
 
 class BERTHead(nn.Module):
@@ -282,7 +249,7 @@ class BERTHead(nn.Module):
         return linear(x, weight, self.decoder.bias.detach())
 
     def normed(self, x: Tensor) -> Tensor:
-        return normed(x, None, "lm_head.layer_norm", self.layer_norm)
+        return normed("CRATEBERT", "lm_head.layer_norm", self.layer_norm, x)
 
 
 class OfBias(torch.autograd.Function):

@@ -263,14 +263,18 @@ class MaskedAutoencoder(nn.Module):
         if not any(type(block) is Encoder for block in self.blocks):
             return self.norm(x)
         if narrow:
-            return normed(self.norm, x)
+            return normed("CRATE-MAE", "norm", self.norm, x)
         return self.norm(x.to(torch.promote_types(x.dtype, self.cls_token.dtype)))
 
     def forward_decoder(self, x: Tensor) -> Tensor:
         """Codes (B, 1 + n, dim) -> predicted patches (B, n, p*p*C)."""
         x = run_decoders(self.decoder_blocks, x)
         is_fused = any(type(block) is Decoder for block in self.decoder_blocks)
-        x = normed(self.decoder_norm, x) if is_fused else self.decoder_norm(x)
+        x = (
+            normed("CRATE-MAE", "decoder_norm", self.decoder_norm, x)
+            if is_fused
+            else self.decoder_norm(x)
+        )
         # The gradient of a part of a split needs no zeros to be written into.
         return self.decoder_pred(x).split((1, x.shape[1] - 1), dim=1)[1]
 

@@ -16,7 +16,7 @@ from ..block.op import MEMORY, PARAMETERS, chained_block
 from ..checks import refuse
 from ..library import autocast_dtype, autocast_is_on
 from .encoder_recognition import published_forward, reason_against_step
-from .inference import Constants, layer_constants
+from .inference import Constants, LayerConstants, layer_constants
 from .layers import (
     ISTA,
     MSSA,
@@ -219,7 +219,7 @@ def _run(
     given = dict(zip(PARAMETERS, _parameters(attn, ff), strict=True))
     heads = attn.fn.heads
     made: dict[str, Any] = {"gram": None}
-    constants = None if kept is None else layer_constants(kept, i, x, given, ff.fn.step_size, heads)
+    constants = None if kept is None else _constants(kept, i, attn, ff, x)
     if constants is not None:
         given |= {"w_qkv": constants.w_qkv, "w_out": constants.w_out}
         made = {k: getattr(constants, k) for k in ("gram", "folded_qkv", "folded_gram")}
@@ -239,6 +239,11 @@ def _run(
     )
 
 
+def _constants(kept: Constants, i: int, attn: Any, ff: Any, x: Tensor) -> LayerConstants | None:
+    given = dict(zip(PARAMETERS, _parameters(attn, ff), strict=True))
+    return layer_constants(kept, i, x, given, ff.fn.step_size, attn.fn.heads)
+
+
 def _all_at_once(layers: Any, x: Tensor, kept: Constants) -> Tensor | None:
     """All layers as one op; None where that is not the way."""
     options = {(attn.fn.heads, attn.fn.scale, attn.norm.eps) for attn, _ in layers}
@@ -249,8 +254,7 @@ def _all_at_once(layers: Any, x: Tensor, kept: Constants) -> Tensor | None:
         return None
     found = []
     for i, (attn, ff) in enumerate(layers):
-        given = dict(zip(PARAMETERS, _parameters(attn, ff), strict=True))
-        constants = layer_constants(kept, i, x, given, ff.fn.step_size, heads)
+        constants = _constants(kept, i, attn, ff, x)
         if constants is None or constants.of_few is None:
             return None
         found.append(constants.of_few)
@@ -311,18 +315,10 @@ def step_reason(
     if all(type(fn) is not kind for kind in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         return f"its {side} step is {type(fn).__name__}, not {expected}"
-    reason = norm_reason(norm)
-    if reason is not None:
-        return f"its {side} norm {reason}"
+    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
+        return f"its {side} norm is no plain nn.LayerNorm"
+    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        return f"its {side} norm has no weight and bias of shape (D,)"
     if any(has_hooks(m) or "forward" in m.__dict__ for m in (step, norm, fn)):
         return f"its {side} step, norm or fn has hooks or a replaced forward"
-    return None
-
-
-def norm_reason(norm: Any) -> str | None:
-    """Why ``norm`` is not what our ops compute, hooks aside: a norm that ..."""
-    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
-        return "is no plain nn.LayerNorm"
-    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-        return "has no weight and bias of shape (D,)"
     return None

@@ -109,7 +109,7 @@ def layer_constants(
         bias = w_out.new_zeros(len(w_out)) if b_out is None else b_out
         of_few = LayerOfFew._make((*folded[0], w_out, bias.float(), *folded[1]))
     found = LayerConstants(made_from, w_qkv.to(dtype), w_out, gram, *folded, of_few)
-    if x.is_cuda:  # kernels may read them before the ones ahead end, and those made them
+    if x.is_cuda:  # another stream may be the next to read them
         torch.cuda.current_stream(x.device).synchronize()
     kept[layer, dtype, x.device] = found
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..residual_norm.op import residual_norm
-from .encoder import Layers, norm_reason, step_reason
+from .encoder import Layers, step_reason
 from .layers import (
     MSSA,
     AlphaStep,
-    is_called_plainly,
     log_once,
     reason_against_dtypes,
+    reason_against_modules,
     unfused_reason,
 )
 
@@ -47,13 +48,37 @@ def run_step(
     return z, step(z), None
 
 
-def normed(norm: Any, x: Tensor) -> Tensor:
-    """norm(x), where it is a plain LayerNorm in the dtype that a GEMM takes it in."""
-    fits = norm_reason(norm) is None and is_called_plainly(norm) and norm.eps > 0
-    if not fits or reason_against_dtypes(x, norm.weight, norm.bias) is not None:
-        y: Tensor = norm(x)
-        return y
-    return residual_norm(x, norm.weight, norm.bias, eps=norm.eps)[1]
+def normed(owner: str, name: str, norm: Any, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """norm(x + y) by :func:`residual_norm`, in autocast's dtype, or by calling the norm where that
+    would pass over something: the log names the reason once, and whose norm it is."""
+    reason = reason_against_fused_norms(x, ((name, norm, nn.LayerNorm),))
+    if reason is None:
+        return residual_norm(x, norm.weight, norm.bias, y, eps=norm.eps)[1]
+    if not torch.compiler.is_compiling():
+        log_once(f"a norm of {owner} runs unfused: {reason}")
+    h: Tensor = norm(x if y is None else x + y)
+    return h
+
+
+def reason_against_fused_norms(
+    x: Tensor, modules: Sequence[tuple[str, Any, type[nn.Module]]]
+) -> str | None:
+    """Why the norms among named ``modules`` must be called (on x) right now; None if they need not.
+
+    ``modules`` are all that would not be called otherwise, each with the class it should have.
+    """
+    if _has_any_global_hook():
+        return "hooks on all modules are registered"
+    reason = reason_against_modules(modules)
+    if reason is not None:
+        return reason
+    norms = [module for _, module, kind in modules if kind is nn.LayerNorm]
+    for norm in norms:
+        if norm.weight is None or norm.bias is None or norm.eps <= 0:
+            return "a norm has no weight, no bias or an eps of 0"
+        if norm.weight.shape != x.shape[-1:]:
+            return "a norm is not over the last dimension alone"
+    return reason_against_dtypes(x, *(t for norm in norms for t in (norm.weight, norm.bias)))
 
 
 def added(x: Tensor, y: Tensor | None, scale: Tensor | float | None) -> Tensor:

@@ -138,10 +138,10 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """x, and the weight in ``dtype``; empty where it is the weight itself."""
-    given = [None if t is None else t.contiguous() for t in (weight, position_weight, positions)]
-    x = _kernels(backend).forward(idx.contiguous(), *given, dtype)
-    same = weight.dtype == dtype
-    return x, weight.new_empty(0) if same else given[0].to(dtype)  # type: ignore[union-attr]
+    weight, places = weight.contiguous(), position_weight.contiguous()
+    positions = None if positions is None else positions.contiguous()
+    x = _kernels(backend).forward(idx.contiguous(), weight, places, positions, dtype)
+    return x, weight.new_empty(0) if weight.dtype == dtype else weight.to(dtype)
 
 
 def _backward(

@@ -266,9 +266,10 @@ def test_prepared_inference_is_the_same_captured_too():
         assert torch.equal(captured, want)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 12])
 def test_prepared_inference_of_few_rows(batch, monkeypatch):
-    """One kernel where the CUDA ones are built; as accurate, captured too, and repeatable."""
+    """One kernel where the CUDA ones are built, but for the largest batch; as accurate, captured
+    too, and repeatable."""
     block = pytest.importorskip("crate_kernels.block.cuda_kernels")
     ran = []
     monkeypatch.setattr(
@@ -290,7 +291,7 @@ def test_prepared_inference_of_few_rows(batch, monkeypatch):
             graph.replay()
             assert torch.equal(captured, want)
     if not cuda_extension.against("cuda", torch.cuda.current_device()):
-        assert len(ran) == 2
+        assert len(ran) == (2 if batch < 12 else 0)
     with torch.no_grad():
         exact = plain.double()(x.double())
     assert_as_close_as_plain({"y": want}, {"y": eager}, {"y": exact})
