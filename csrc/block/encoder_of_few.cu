@@ -125,13 +125,17 @@ __global__ void __cluster_dims__(Tile::kBlocks, 1, 1) __launch_bounds__(Tile::kT
                 }
                 barrier_wait(&head_loaded, head_parity);
                 head_parity ^= 1;
-                float* lse = p.lse + int64_t(item) * p.n;
-                if (!attend_tile_at_once<T, kHeadDim, kTilesOfHead>(
-                        head_rows, staging, &p.o_heads, lse, head, batch, begin, p.n, p.scale)) {
-                    attend_rows<T, kHeadDim, false>(head_rows, kRowsOfHead, staging, &p.o_heads,
-                                                    lse, head, batch, begin,
-                                                    min(begin + kTile, p.n), p.n, p.scale);
-                }
+                attend_tile_at_once<T, kHeadDim, kTilesOfHead>(
+                    HeadOnChip<T>{.w = head_rows,
+                                  .rows = kRowsOfHead,
+                                  .n = p.n,
+                                  .scale = p.scale,
+                                  .staging = staging,
+                                  .o_map = &p.o_heads,
+                                  .lse = p.lse + int64_t(item) * p.n,
+                                  .head = head,
+                                  .batch = batch},
+                    begin);
                 if (thread % 32 == 0) wait_stores_written();
                 fence_async_proxy();  // the area may be loaded anew
                 __syncthreads();

@@ -52,6 +52,22 @@ __device__ __forceinline__ void sync_threads_of(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same; whether any of the threads says so.
+__device__ __forceinline__ bool any_of_threads(int id, int threads, bool here) {
+    int any;
+    asm volatile(
+        "{\n"
+        ".reg .pred here, any;\n"
+        "setp.ne.b32 here, %3, 0;\n"
+        "bar.red.or.pred any, %1, %2, here;\n"
+        "selp.b32 %0, 1, 0, any;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(int(here))
+        : "memory");
+    return any;
+}
+
 // Counts among those that the barrier's waiting threads wait for, and goes on.
 __device__ __forceinline__ void arrive_among(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -1,7 +1,11 @@
 // Operands of a product on their way through registers.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 namespace crate_kernels {
 
@@ -9,6 +13,14 @@ namespace crate_kernels {
 // the i-th, and receives elements 2 (lane % 4) and the next of row lane / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Of each matrix as if it had been stored transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(address)
                  : "memory");
@@ -28,6 +40,25 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address,
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
         "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
         : "memory");
+}
+
+// D[16, 8] += A[16, 16] B[16, 8] by one warp, float32 sums. A: matrices (rows 0-7, columns 0-7),
+// (rows 8-15, columns 0-7), and the same of columns 8-15. b0, b1: rows 0-7 and 8-15 of B,
+// transposed. D: row lane / 4 in d[0], d[1], row lane / 4 + 8 in d[2], d[3].
+template <typename T>
+__device__ __forceinline__ void multiply_by_warp(float* d, const uint32_t (&a)[4], uint32_t b0,
+                                                 uint32_t b1) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
 }
 
 // From global memory that nothing writes meanwhile; starts here, not where the word is needed.

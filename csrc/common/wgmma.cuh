@@ -45,6 +45,13 @@ __device__ __forceinline__ uint64_t descriptor_transposed(const void* tile, int 
     return descriptor_of(low_word_transposed(tile, chunk_bytes));
 }
 
+// Says to the compiler that x is the same in all threads of a warp, as it is. Descriptors made of
+// it stay in uniform registers, and products follow one another at once.
+template <typename Integer>
+__device__ __forceinline__ Integer uniform(Integer x) {
+    return __shfl_sync(0xFFFFFFFF, x, 0);
+}
+
 // ---- order
 
 // Before the first product, and after registers of A or D were written otherwise.

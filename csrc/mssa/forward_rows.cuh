@@ -1,76 +1,69 @@
 // Rows of o for a head that is on chip whole: what the kernels for n <= 256 share.
 #pragma once
 
+#include "forward_again.cuh"
 #include "last_rows.cuh"
 
 namespace crate_kernels {
 
-template <int kHeadDim>
-inline constexpr int kStagingElements = 4 * kChunks<kHeadDim> * 16 * kChunkColumns;
-
-// o and lse of rows `begin` to `end` (whole tiles, but for the last) by one warpgroup. w: the head,
-// `rows` rows of a chunk (rows_on_chip); lse: the head's. kOneTile: n <= 64. The stores may still
-// read staging when this returns.
-template <typename T, int kHeadDim, bool kOneTile>
-__device__ __forceinline__ void attend_rows(const T* w, int rows, T* staging,
-                                            const CUtensorMap* o_map, float* lse, int head,
-                                            int batch, int begin, int end, int n, float scale) {
-    int whole = rows / kTile * kTile;
-    // A second pass only where the first could not do without the largest scores.
-    for (bool searched = false;; searched = true) {
-        bool trusted = true;
-        for (int first = begin; first < end; first += kTile) {
-            if (!kOneTile && !searched && first == whole && rows - whole == kFewRows) {
-                trusted &= finish_last_rows<T, kHeadDim>(w, rows, whole, n, scale, staging, o_map,
-                                                         lse, head, batch);
-                continue;
-            }
-            const T* w_j = w + first * kChunkColumns;
-            ForwardTile<T, kHeadDim> tile(w_j, rows, scale);
-            bool any_row = first + threadIdx.x / 32 * 16 < n;  // of this warp
-            if (!kOneTile && searched) {
-                tile.begin_search();
-                for (int i = 0; i < n; i += kTile) {
-                    tile.search(w + i * kChunkColumns, rows, i, n, false);
-                }
-                tile.end_search();
-            }
-            if (kOneTile) {
-                tile.template visit<true, kTile, true>(w_j, rows, first, n, false, any_row);
-            } else if (first < whole) {
-                tile.template visit<true>(w_j, rows, first, n, false, any_row);
-            } else {
-                tile.template visit<true, 16>(w_j, rows, first, n, false, any_row);
-            }
-            if (!kOneTile) {
-                for (int i = 0; i < whole; i += kTile) {
-                    if (i == first) continue;
-                    tile.template visit<false>(w + i * kChunkColumns, rows, i, n, false, any_row);
-                }
-                if (whole < rows && first < whole) {
-                    tile.template visit<false, 16>(w + whole * kChunkColumns, rows, whole, n, false,
-                                                   any_row);
-                }
-            }
-            trusted &= tile.complete(first, n);
-            tile.store(staging, o_map, lse, head, batch, first, n);
-        }
-        if (kOneTile || searched || !__syncthreads_or(!trusted)) break;
-        if (threadIdx.x % 32 == 0) wait_stores_written();  // they go to the same place
+// Rows `begin` to `end` (whole tiles, but for the last) of o and lse by one warpgroup, with the
+// largest scores as references.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void attend_rows_again(const HeadOnChip<T>& of, int begin, int end) {
+    for (int first = begin; first < end; first += kTile) {
+        SearchedTile<T, kHeadDim> tile(of.w + first * kChunkColumns, of.rows, of.scale, first, of.n,
+                                       false);
+        for (int i = 0; i < of.n; i += kTile) tile.search(of.w + i * kChunkColumns, i);
+        tile.end_search();
+        for (int i = 0; i < of.n; i += kTile) tile.visit(of.w + i * kChunkColumns, i);
+        tile.end_visits();
+        tile.store(of.staging, of.o_map, of.lse, of.head, of.batch, first, of.n);
     }
 }
 
-// The same of the row tile from `begin` on by a warpgroup that has the multiprocessor to itself:
-// every score is on its way before the first is needed, and products are not waited for. w: kTiles
-// tiles of rows, zero from row n on. False, and nothing stored, where attend_rows has to do it.
+// The same without a search; where that will not do, again. kOneTile: n <= 64.
+template <typename T, int kHeadDim, bool kOneTile>
+__device__ __forceinline__ void attend_rows(const HeadOnChip<T>& of, int begin, int end) {
+    const int whole = of.rows / kTile * kTile;
+    const uint32_t words = uniform(low_word(of.w));
+    bool trusted = true;
+    for (int first = begin; first < end; first += kTile) {
+        if (!kOneTile && first == whole && of.rows - whole == kFewRows) {
+            trusted &= whole == kTile       ? finish_last_rows<T, kHeadDim, 1>(of)
+                       : whole == 2 * kTile ? finish_last_rows<T, kHeadDim, 2>(of)
+                                            : finish_last_rows<T, kHeadDim, 3>(of);
+            continue;
+        }
+        ForwardTile<T, kHeadDim> tile(of.w + first * kChunkColumns, of.rows, of.scale);
+        tile.begin(first, of.n, false);
+        if (!kOneTile) {
+            for (int i = 0; i < whole; i += kTile) {
+                if (i != first) tile.visit(uniform(words + i * kRowStep), i, of.n);
+            }
+        }
+        if (!kOneTile && whole < of.rows) {
+            tile.template visit<kFewRows>(uniform(words + whole * kRowStep), whole, of.n);
+            tile.template finish<kFewRows>();
+        } else {
+            tile.finish();
+        }
+        trusted &= tile.complete(first, of.n);
+        tile.store(of.staging, of.o_map, of.lse, of.head, of.batch, first, of.n);
+    }
+    if (__syncthreads_or(!trusted)) {
+        if (threadIdx.x % 32 == 0) wait_stores_written();  // they go to the same place
+        attend_rows_again<T, kHeadDim>(of, begin, end);
+    }
+}
+
+// The row tile from `begin` on by a warpgroup that has the multiprocessor to itself: every score is
+// on its way before the first is needed, and products are not waited for. A head of kTiles tiles.
 template <typename T, int kHeadDim, int kTiles>
-__device__ __forceinline__ bool attend_tile_at_once(const T* w, T* staging,
-                                                    const CUtensorMap* o_map, float* lse, int head,
-                                                    int batch, int begin, int n, float scale) {
+__device__ __forceinline__ void attend_tile_at_once(const HeadOnChip<T>& of, int begin) {
     constexpr int kRows = kTiles * kTile;
     auto first_of = [&](int t) { return (begin + t * kTile) % kRows; };  // the own tile is tile 0
-    auto rows_of = [&](int t) { return w + first_of(t) * kChunkColumns; };
-    ForwardTile<T, kHeadDim> tile(rows_of(0), kRows, scale);
+    auto rows_of = [&](int t) { return of.w + first_of(t) * kChunkColumns; };
+    ForwardTile<T, kHeadDim> tile(rows_of(0), kRows, of.scale);
     float s[kTiles][kTile / 2];
     wgmma_fence();
 #pragma unroll
@@ -79,9 +72,6 @@ __device__ __forceinline__ bool attend_tile_at_once(const T* w, T* staging,
         wgmma_commit();
     }
     uint32_t p[2][kTile / 4];
-    tile.sum_0 = tile.sum_1 = 0;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) tile.o[i] = 0;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
         if (t < 2) {
@@ -92,19 +82,21 @@ __device__ __forceinline__ bool attend_tile_at_once(const T* w, T* staging,
         }
         pin_registers(s[t]);
         if (t == 0) tile.take_own_scores(s[0]);
-        tile.template mask<kTile>(s[t], first_of(t), n, false);
-        tile.template exponentials<kTile>(s[t], p[t % 2]);
+        tile.template mask<kTile>(s[t], first_of(t), begin, of.n, false);
+        tile.exponentials(s[t], p[t % 2], tile.reference_0, tile.reference_1);
         wgmma_fence();
-        add_product<T, kHeadDim, kTile>(
-            tile.o, p[t % 2], low_word_transposed(rows_of(t), kRows * kChunkColumns * sizeof(T)));
+        add_product<T, kHeadDim, kTile>(tile.o, p[t % 2],
+                                        RowsOperand(rows_of(t), kRows).transposed());
     }
     wgmma_wait<0>();
     pin_registers(tile.o);
 #pragma unroll
     for (int t = 0; t < 2; ++t) pin_registers(p[t]);
-    if (__syncthreads_or(!tile.complete(begin, n))) return false;
-    tile.store(staging, o_map, lse, head, batch, begin, n);
-    return true;
+    if (__syncthreads_or(!tile.complete(begin, of.n))) {
+        attend_rows_again<T, kHeadDim>(of, begin, begin + 1);
+    } else {
+        tile.store(of.staging, of.o_map, of.lse, of.head, of.batch, begin, of.n);
+    }
 }
 
 }  // namespace crate_kernels

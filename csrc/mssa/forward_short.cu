@@ -26,7 +26,6 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     T* staging = w + kChunks<kHeadDim> * rows * kChunkColumns;
 
     int head = blockIdx.x % heads, batch = blockIdx.x / heads;
-    lse += (int64_t)blockIdx.x * n;
     int begin = blockIdx.y * rows_of_block, end = min(begin + rows_of_block, n);
 
     // load
@@ -43,8 +42,16 @@ __global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
     __syncthreads();
     barrier_wait(&w_loaded, 0);
 
-    attend_rows<T, kHeadDim, kOneTile>(w, rows, staging, &o_map, lse, head, batch, begin, end, n,
-                                       scale);
+    attend_rows<T, kHeadDim, kOneTile>(HeadOnChip<T>{.w = w,
+                                                     .rows = rows,
+                                                     .n = n,
+                                                     .scale = scale,
+                                                     .staging = staging,
+                                                     .o_map = &o_map,
+                                                     .lse = lse + (int64_t)blockIdx.x * n,
+                                                     .head = head,
+                                                     .batch = batch},
+                                       begin, end);
     if (threadIdx.x % 32 == 0) wait_stores_read<0>();
 }
 

@@ -3,8 +3,7 @@
 // Softmax needs no running maximum here. With one tensor as query and key a token's own score
 // s_jj = |w_j|^2 is on the diagonal, p_ji = exp(scale (s_ji - s_jj)), and p_jj = 1 keeps the sum
 // off zero. Scores beyond the own one make p grow, in the worst case beyond its dtype: the sum
-// shows it, and the tile is done again with the row's largest score, found by a pass before, in
-// place of the own. docs/mssa.md
+// shows it, and the tile is done again (forward_again.cuh). docs/mssa.md
 #pragma once
 
 #include "heads.cuh"
@@ -17,92 +16,96 @@ struct ForwardTile {
     static constexpr float kSafeSum = std::is_same_v<T, __half> ? 0x1p15f : 0x1p60f;
 
     float o[kHeadDim / 2];
-    float reference_0, reference_1;  // the row's own score times scale log2(e); searched: largest
+    float reference_0, reference_1;  // of the row's softmax: its own score times scale log2(e)
     float sum_0, sum_1;
     RowsOperand queries;
     Lane lane;
     float scale_log2;
-    bool searched = false;
+    // The product of the last visit's p with its rows is left to the next visit, which starts it
+    // together with its scores.
+    uint32_t p[kTile / 4];
+    uint32_t values;
 
     __device__ __forceinline__ ForwardTile(const T* w_j, int rows_of_chunk, float scale)
-        : queries(w_j, rows_of_chunk), scale_log2(scale * kLog2E) {}
+        : sum_0(0),
+          sum_1(0),
+          queries(uniform(low_word(w_j)), rows_of_chunk),
+          scale_log2(scale * kLog2E) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
+        pin_registers(o);  // zero before a product starts
+    }
 
-    // Scores of the tile's rows with the first kColumns rows of tile i.
-    template <int kColumns>
-    __device__ __forceinline__ void score(float (&s)[kColumns / 2], const T* w_i,
-                                          int rows_of_chunk) {
+    // ---- visits
+
+    // The tile itself, which is the first to visit; it begins at first_j.
+    __device__ __forceinline__ void begin(int first_j, int n, bool causal) {
+        float s[kTile / 2];
         wgmma_fence();
-        multiply_rows<T, kHeadDim, kColumns>(s, queries, RowsOperand(w_i, rows_of_chunk));
+        multiply_rows<T, kHeadDim, kTile>(s, queries, queries);
         wgmma_commit();
         wgmma_wait<0>();
         pin_registers(s);
+        take_own_scores(s);
+        mask<kTile>(s, first_j, first_j, n, causal);
+        exponentials(s, p, reference_0, reference_1);
+        values = queries.transposed();
     }
-    // -inf where there is no row i (tile i begins at first_i), or, `causal` where tile i is tile j,
-    // where it comes later.
-    template <int kColumns>
-    __device__ __forceinline__ void mask(float (&s)[kColumns / 2], int first_i, int n,
-                                         bool causal) {
-        if (first_i + kColumns > n || causal) {
-#pragma unroll
-            for (int r = 0; r < kColumns / 2; ++r) {
-                int column = r / 4 * 8 + lane.pair * 2 + r % 2;
-                int row = lane.row + r / 2 % 2 * 8;
-                if (first_i + column >= n || (causal && column > row)) s[r] = -kInfinity;
-            }
-        }
-    }
-
-    // kColumns rows from first_i on. The first tile to visit is the tile itself; kOnly: and there
-    // is no other.
-    template <bool kFirst, int kColumns = kTile, bool kOnly = false>
-    __device__ __forceinline__ void visit(const T* w_i, int rows_of_chunk, int first_i, int n,
-                                          bool causal, bool any_row) {
+    // kColumns rows from first_i on, of tile i that has this low word.
+    template <int kColumns = kTile>
+    __device__ __forceinline__ void visit(uint32_t word_i, int first_i, int n) {
         float s[kColumns / 2];
-        uint32_t p[kColumns / 4];
-        score<kColumns>(s, w_i, rows_of_chunk);
-        if (kFirst && !searched) take_own_scores(s);
-        mask<kColumns>(s, first_i, n, kFirst && causal);
-        if (kFirst) {
-            sum_0 = sum_1 = 0;
-#pragma unroll
-            for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
-        }
-        if (any_row) {
-            exponentials<kColumns>(s, p);
-            float whole_0 = row_sum(sum_0), whole_1 = row_sum(sum_1);
-            if (kOnly && !__all_sync(0xFFFFFFFF, is_safe(whole_0) && is_safe(whole_1))) {
-                begin_search();
-                take_larger(s);
-                end_search();
-                sum_0 = sum_1 = 0;
-                exponentials<kColumns>(s, p);
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < kColumns / 4; ++j) p[j] = 0;
-        }
-        uint32_t values = low_word_transposed(w_i, rows_of_chunk * kChunkColumns * sizeof(T));
+        RowsOperand keys = queries;
+        keys.base = word_i;
+        wgmma_fence();
+        multiply_rows<T, kHeadDim, kColumns>(s, queries, keys);
+        wgmma_commit();
+        add_product<T, kHeadDim, kTile>(o, p, values);
+        wgmma_wait<1>();
+        pin_registers(s);
+        mask<kColumns>(s, first_i, 0, n, false);
+        await_product();
+        exponentials(s, p, reference_0, reference_1);
+        values = keys.transposed();
+    }
+    // After the last visit, of kColumns rows.
+    template <int kColumns = kTile>
+    __device__ __forceinline__ void finish() {
         wgmma_fence();
         add_product<T, kHeadDim, kColumns>(o, p, values);
+        await_product();
+    }
+
+    // ---- their parts
+
+    __device__ __forceinline__ void await_product() {
         wgmma_wait<0>();
         pin_registers(o);
         pin_registers(p);  // not to be written while the product reads them
     }
 
-    // p of scores s, rounded, and their sums.
+    // -inf where there is no row i (the kColumns begin at first_i), or, `causal`, where it comes
+    // later than row j (the tile begins at first_j).
     template <int kColumns>
-    __device__ __forceinline__ void exponentials(float (&s)[kColumns / 2],
-                                                 uint32_t (&p)[kColumns / 4]) {
-        // Of a searched tile the difference comes first: it is exact where the scores are so large
-        // that their products with the scale are rounded to whole bits.
-        float subtract_0 = searched ? 0 : reference_0, subtract_1 = searched ? 0 : reference_1;
-        if (searched) {
+    __device__ __forceinline__ void mask(float (&s)[kColumns / 2], int first_i, int first_j, int n,
+                                         bool causal) {
+        if (first_i + kColumns > n || causal) {
 #pragma unroll
-            for (int r = 0; r < kColumns / 2; ++r) s[r] -= r % 4 < 2 ? reference_0 : reference_1;
+            for (int r = 0; r < kColumns / 2; ++r) {
+                int i = first_i + r / 4 * 8 + lane.pair * 2 + r % 2;
+                int j = first_j + lane.row + r / 2 % 2 * 8;
+                if (i >= n || (causal && i > j)) s[r] = -kInfinity;
+            }
         }
+    }
+
+    // p of scores s, rounded, and their sums.
+    template <int kScores, int kPacked>
+    __device__ __forceinline__ void exponentials(const float (&s)[kScores], uint32_t (&p)[kPacked],
+                                                 float subtract_0, float subtract_1) {
         float more_0 = 0, more_1 = 0;  // shorter chains of additions
 #pragma unroll
-        for (int j = 0; j < kColumns / 8; ++j) {
+        for (int j = 0; j < kScores / 4; ++j) {
             float p0 = exp2_approx(s[4 * j] * scale_log2 - subtract_0);
             float p1 = exp2_approx(s[4 * j + 1] * scale_log2 - subtract_0);
             float p2 = exp2_approx(s[4 * j + 2] * scale_log2 - subtract_1);
@@ -118,42 +121,30 @@ struct ForwardTile {
         sum_1 += more_1;
     }
 
-    // Before the visits of a tile that is done again: every tile is searched for larger scores.
-    __device__ __forceinline__ void begin_search() {
-        searched = true;
-        reference_0 = reference_1 = -kInfinity;
-    }
-    __device__ __forceinline__ void search(const T* w_i, int rows_of_chunk, int first_i, int n,
-                                           bool causal) {
-        float s[kTile / 2];
-        score<kTile>(s, w_i, rows_of_chunk);
-        mask<kTile>(s, first_i, n, causal);
-        take_larger(s);
-    }
-    template <int kRegisters>
-    __device__ __forceinline__ void take_larger(const float (&s)[kRegisters]) {
+    __device__ __forceinline__ void take_own_scores(const float (&s)[kTile / 2]) {
+        // Row and column are the same in register 8 warp (rows 0 to 7 of the warp's 16) or
+        // 8 warp + 6 (rows 8 to 15), plus row % 2, of the lane with pair row % 8 / 2.
+        float own_0 = 0, own_1 = 0;
+        bool odd = lane.row % 2;
 #pragma unroll
-        for (int r = 0; r < kRegisters; ++r) {
-            float& largest = r % 4 < 2 ? reference_0 : reference_1;
-            largest = fmaxf(largest, s[r]);
+        for (int warp = 0; warp < 4; ++warp) {
+            if (threadIdx.x / 32 % 4 == warp) {
+                own_0 = odd ? s[8 * warp + 1] : s[8 * warp];
+                own_1 = odd ? s[8 * warp + 7] : s[8 * warp + 6];
+            }
         }
-    }
-    __device__ __forceinline__ void end_search() {
-        reference_0 = row_max(reference_0);
-        reference_1 = row_max(reference_1);
+        int owner = threadIdx.x % 32 / 4 * 4 + lane.row % 8 / 2;
+        reference_0 = __shfl_sync(0xFFFFFFFF, own_0, owner) * scale_log2;
+        reference_1 = __shfl_sync(0xFFFFFFFF, own_1, owner) * scale_log2;
     }
 
-    // After the last visit. Whether the sums of this thread's rows, as far as they exist, can be
-    // trusted; those of a searched tile can.
-    __device__ __forceinline__ bool complete(int first, int n) {
+    // ---- the end
+
+    // After `finish`. Whether the sums of this thread's rows, as far as they exist, can be trusted.
+    __device__ __forceinline__ bool complete(int first_j, int n) {
         sum_0 = row_sum(sum_0);
         sum_1 = row_sum(sum_1);
-        if (searched) {
-            reference_0 *= scale_log2;
-            reference_1 *= scale_log2;
-            return true;
-        }
-        int row = first + lane.row;
+        int row = first_j + lane.row;
         return (row >= n || is_trusted<0>(sum_0)) && (row + 8 >= n || is_trusted<1>(sum_1));
     }
     // p_jj is 1 but for the rounding of the reference: with less in the sum, what is small may have
@@ -173,38 +164,36 @@ struct ForwardTile {
         return zero == 0;
     }
 
-    template <int kRegisters>
-    __device__ __forceinline__ void take_own_scores(const float (&s)[kRegisters]) {
-        // Row and column are the same in register 8 warp (rows 0 to 7 of the warp's 16) or
-        // 8 warp + 6 (rows 8 to 15), plus row % 2, of the lane with pair row % 8 / 2.
-        float own_0 = 0, own_1 = 0;
-        bool odd = lane.row % 2;
-#pragma unroll
-        for (int warp = 0; warp < kRegisters / 8; ++warp) {
-            if (threadIdx.x / 32 % 4 == warp) {
-                own_0 = odd ? s[8 * warp + 1] : s[8 * warp];
-                own_1 = odd ? s[8 * warp + 7] : s[8 * warp + 6];
-            }
-        }
-        int owner = threadIdx.x % 32 / 4 * 4 + lane.row % 8 / 2;
-        reference_0 = __shfl_sync(0xFFFFFFFF, own_0, owner) * scale_log2;
-        reference_1 = __shfl_sync(0xFFFFFFFF, own_1, owner) * scale_log2;
-    }
-
-    // Rows `first` .. of o and lse to global memory; `staging` is the warpgroup's.
+    // Rows from first_j on of o and lse to global memory; `staging` is the warpgroup's.
     __device__ __forceinline__ void store(T* staging, const CUtensorMap* o_map, float* lse,
-                                          int head, int batch, int first, int n) {
+                                          int head, int batch, int first_j, int n) {
         int warp = threadIdx.x / 32 % 4;
-        if (first + warp * 16 >= n) return;
+        if (first_j + warp * 16 >= n) return;
         store_rows<kHeadDim>(o, 1 / sum_0, 1 / sum_1,
                              staging + warp * (kChunks<kHeadDim> * 16 * kChunkColumns), o_map, head,
-                             first + warp * 16, batch);
+                             first_j + warp * 16, batch);
         if (lane.pair == 0) {
-            int row = first + lane.row;
+            int row = first_j + lane.row;
             if (row < n) lse[row] = (reference_0 + __log2f(sum_0)) / kLog2E;
             if (row + 8 < n) lse[row + 8] = (reference_1 + __log2f(sum_1)) / kLog2E;
         }
     }
+};
+
+template <int kHeadDim>
+inline constexpr int kStagingElements = 4 * kChunks<kHeadDim> * 16 * kChunkColumns;
+
+// A head of n <= 256 in shared memory, and where rows of its o go.
+template <typename T>
+struct HeadOnChip {
+    const T* w;  // [chunks][rows][64]
+    int rows;    // rows_on_chip(n), or more, zero from row n on
+    int n;
+    float scale;
+    T* staging;  // kStagingElements; stores may still read it when a function returns
+    const CUtensorMap* o_map;
+    float* lse;  // the head's
+    int head, batch;
 };
 
 }  // namespace crate_kernels

@@ -117,15 +117,24 @@ __device__ __forceinline__ void add_swapped(float (&d)[kFewRows / 2], const T* r
     }
 }
 
+// A row's place in units of a descriptor.
+inline constexpr int kRowStep = kChunkColumns * 2 / 16;
+
 // Rows of a tile in shared memory as an operand whose sum runs along head_dim.
 struct RowsOperand {
-    uint32_t base;
+    uint32_t base;   // the low word of the first descriptor
     int chunk_step;  // between chunks, in units of the descriptor
 
+    __device__ __forceinline__ RowsOperand(uint32_t base, int rows_of_chunk)
+        : base(base), chunk_step(rows_of_chunk * kRowStep) {}
     __device__ __forceinline__ RowsOperand(const void* tile, int rows_of_chunk)
-        : base(low_word(tile)), chunk_step(rows_of_chunk * (kChunkColumns * 2 / 16)) {}
+        : RowsOperand(low_word(tile), rows_of_chunk) {}
     __device__ __forceinline__ uint64_t step(int k) const {
         return descriptor_of(base + (k / 4) * chunk_step + (k % 4) * 2);
+    }
+    // The low word of the same rows where the sum runs along them.
+    __device__ __forceinline__ uint32_t transposed() const {
+        return (base & 0xFFFF) | uint32_t(chunk_step) << 16;
     }
 };
 
@@ -162,14 +171,15 @@ __device__ __forceinline__ void store_rows(const float (&d)[kHeadDim / 2], float
     int lane = threadIdx.x % 32;
     if (lane == 0) wait_stores_read<0>();  // of the tile before
     __syncwarp();
-    int r = lane / 4;  // r + 8 has the same swizzle
+    uint32_t rows = shared_address(staging) + lane % 16 * 128;
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
-        T* at = staging + j / 8 * (16 * kChunkColumns) + r * kChunkColumns + ((j % 8) ^ r) * 8 +
-                lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(at) = pack<T>(d[4 * j] * scale_0, d[4 * j + 1] * scale_0);
-        *reinterpret_cast<uint32_t*>(at + 8 * kChunkColumns) =
-            pack<T>(d[4 * j + 2] * scale_1, d[4 * j + 3] * scale_1);
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+        const float* of = d + 8 * k;
+        uint32_t packed[4] = {
+            pack<T>(of[0] * scale_0, of[1] * scale_0), pack<T>(of[2] * scale_1, of[3] * scale_1),
+            pack<T>(of[4] * scale_0, of[5] * scale_0), pack<T>(of[6] * scale_1, of[7] * scale_1)};
+        int column = (k % 4 * 2 + lane / 16) ^ lane % 8;  // in eights
+        store_matrices(rows + k / 4 * (16 * 128) + column * 16, packed);
     }
     fence_async_proxy();
     __syncwarp();

@@ -11,36 +11,36 @@
 
 namespace crate_kernels {
 
-// w: the head, `rows` rows of a chunk; `whole` of them are keys of other tiles, the next n - whole
-// the tile's own. staging: 8 KB that no store reads any more once its threads have waited for
-// theirs. Writes o and lse of the rows from `whole` on; returns whether they can be trusted.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ bool finish_last_rows(const T* w, int rows, int whole, int n,
-                                                 float scale, T* staging, const CUtensorMap* o_map,
-                                                 float* lse, int head, int batch) {
+// The rows from kWholeTiles tiles on, of o and lse; returns whether they can be trusted. of.staging
+// is waited for.
+template <typename T, int kHeadDim, int kWholeTiles>
+__device__ __forceinline__ bool finish_last_rows(const HeadOnChip<T>& of) {
+    constexpr int kTiles = kWholeTiles + 1, whole = kWholeTiles * kTile;
     __shared__ float references[kFewRows], shares[4][kFewRows];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const float scale_log2 = scale * kLog2E;
+    const float scale_log2 = of.scale * kLog2E;
     const Lane place;
-    auto tile_of = [&](int first) { return w + first * kChunkColumns; };
-    const uint32_t matrices = transposed_matrices(staging);
-    auto p_of = [&](int index) { return staging + index * kFewRows * kChunkColumns; };
-
-    // the own scores, which are the references
-    float s[kFewRows / 2];
-    auto score = [&](int first) {
-        wgmma_fence();
-        multiply_rows<T, kHeadDim, kFewRows>(s, RowsOperand(tile_of(first), rows),
-                                             RowsOperand(tile_of(whole), rows));
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin_registers(s);
+    const uint32_t matrices = transposed_matrices(of.staging);
+    const uint32_t words = uniform(low_word(of.w)), words_of_p = uniform(low_word(of.staging));
+    auto tile = [&](int t) {  // the own one first
+        return RowsOperand(words + (t == 0 ? kWholeTiles : t - 1) * kTile * kRowStep, of.rows);
     };
-    score(whole);
+
+    // all scores; the own ones are the references
+    float s[kTiles][kFewRows / 2];
+    wgmma_fence();
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        multiply_rows<T, kHeadDim, kFewRows>(s[t], tile(t), tile(0));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) pin_registers(s[t]);
     if (warp == 0 && place.pair == place.row / 2) {
         bool odd = place.row % 2;
-        references[place.row] = odd ? s[1] : s[0];
-        references[place.row + 8] = odd ? s[7] : s[6];
+        references[place.row] = odd ? s[0][1] : s[0][0];
+        references[place.row + 8] = odd ? s[0][7] : s[0][6];
     }
     if (lane == 0) wait_stores_read<0>();
     __syncthreads();
@@ -50,28 +50,24 @@ __device__ __forceinline__ bool finish_last_rows(const T* w, int rows, int whole
         reference[i] = references[i / 2 * 8 + place.pair * 2 + i % 2] * scale_log2;
     }
 
-    // P, tile by tile, the own one first
-    const int own = n - whole;
-    auto exponentials = [&](int index, bool is_own) {
+    // P, tile by tile
+    const int own = of.n - whole;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
         uint32_t p[4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {  // matrix: columns 8 (m / 2), rows 8 (m % 2)
             float two[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float x = exp2_approx(s[4 * (m / 2) + 2 * (m % 2) + e] * scale_log2 -
+                float x = exp2_approx(s[t][4 * (m / 2) + 2 * (m % 2) + e] * scale_log2 -
                                       reference[m / 2 * 2 + e]);
-                two[e] = is_own && place.row + m % 2 * 8 >= own ? 0 : x;
+                two[e] = t == 0 && place.row + m % 2 * 8 >= own ? 0 : x;
                 sum[m / 2 * 2 + e] += two[e];
             }
             p[m] = pack<T>(two[0], two[1]);
         }
-        store_matrices_transposed(matrices + index * kFewRows * kChunkColumns * sizeof(T), p);
-    };
-    exponentials(0, true);
-    for (int first = 0; first < whole; first += kTile) {
-        score(first);
-        exponentials(1 + first / kTile, false);
+        store_matrices_transposed(matrices + t * kFewRows * kChunkColumns * sizeof(T), p);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -86,23 +82,20 @@ __device__ __forceinline__ bool finish_last_rows(const T* w, int rows, int whole
 
     // o^T
     float o[kChunks<kHeadDim>][kFewRows / 2];
-    auto multiply = [&](int first, int index, int k) {
+    wgmma_fence();
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks<kHeadDim>; ++chunk) {
-            const T* values = tile_of(first) + chunk * rows * kChunkColumns;
-            wgmma<kFewRows, T>::template from_shared<kYes, kNo>(
-                o[chunk], descriptor_transposed(values, rows * kChunkColumns * sizeof(T)) + 128 * k,
-                descriptor(p_of(index)) + 2 * k, index > 0 || k > 0);
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int k = 0; k < (t == 0 ? 1 : kTile / 16); ++k) {
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks<kHeadDim>; ++chunk) {
+                wgmma<kFewRows, T>::template from_shared<kYes, kNo>(
+                    o[chunk],
+                    descriptor_of(tile(t).transposed() + chunk * of.rows * kRowStep + 128 * k),
+                    descriptor_of(words_of_p + t * kFewRows * kRowStep + 2 * k), t > 0 || k > 0);
+            }
         }
-    };
-    wgmma_fence();
-    multiply(whole, 0, 0);
-    for (int first = 0; first < whole; first += kTile) {
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kTile / 16; ++k) multiply(first, 1 + first / kTile, k);
     }
-    wgmma_fence();
     wgmma_commit();
     wgmma_wait<0>();
     bool trusted = true;
@@ -115,7 +108,7 @@ __device__ __forceinline__ bool finish_last_rows(const T* w, int rows, int whole
         inverse[i] = 1 / total;
         if (column >= own) continue;
         trusted &= ForwardTile<T, kHeadDim>::is_safe(total);
-        if (threadIdx.x < 4) lse[whole + column] = (reference[i] + __log2f(total)) / kLog2E;
+        if (threadIdx.x < 4) of.lse[whole + column] = (reference[i] + __log2f(total)) / kLog2E;
     }
     __syncthreads();  // the products have read P, where the output goes
 #pragma unroll
@@ -134,8 +127,8 @@ __device__ __forceinline__ bool finish_last_rows(const T* w, int rows, int whole
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks<kHeadDim>; ++chunk) {
-            store_tile(o_map, staging + chunk * kFewRows * kChunkColumns, chunk * kChunkColumns,
-                       head, whole, batch);
+            store_tile(of.o_map, of.staging + chunk * kFewRows * kChunkColumns,
+                       chunk * kChunkColumns, of.head, whole, of.batch);
         }
         commit_stores();
     }
