@@ -23,6 +23,7 @@ struct SearchedTile : ForwardTile<T, kHeadDim> {
           chunk_bytes(rows_of_chunk * kChunkColumns * sizeof(T)),
           causal(causal) {
         this->reference_0 = this->reference_1 = -kInfinity;
+        this->clear_output();
     }
 
     // First all row tiles are searched, or those up to tile j if causal; w_i begins at row first_i.
@@ -83,7 +84,7 @@ struct SearchedTile : ForwardTile<T, kHeadDim> {
         int lane = threadIdx.x % 32;
 #pragma unroll
         for (int r = 0; r < kColumns / 2; ++r) s[r] = 0;
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < kHeadDim / 16; ++k) {
             uint32_t a[4], b[4];
             load_matrices(a, address(w_j, this->lane.row / 16 * 16 + lane % 16, 2 * k + lane / 16));

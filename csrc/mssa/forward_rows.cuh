@@ -72,6 +72,7 @@ __device__ __forceinline__ void attend_tile_at_once(const HeadOnChip<T>& of, int
         wgmma_commit();
     }
     uint32_t p[2][kTile / 4];
+    tile.clear_output();
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
         if (t < 2) {

@@ -30,11 +30,7 @@ struct ForwardTile {
         : sum_0(0),
           sum_1(0),
           queries(uniform(low_word(w_j)), rows_of_chunk),
-          scale_log2(scale * kLog2E) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
-        pin_registers(o);  // zero before a product starts
-    }
+          scale_log2(scale * kLog2E) {}
 
     // ---- visits
 
@@ -50,6 +46,7 @@ struct ForwardTile {
         mask<kTile>(s, first_j, first_j, n, causal);
         exponentials(s, p, reference_0, reference_1);
         values = queries.transposed();
+        clear_output();
     }
     // kColumns rows from first_i on, of tile i that has this low word.
     template <int kColumns = kTile>
@@ -78,6 +75,11 @@ struct ForwardTile {
 
     // ---- their parts
 
+    __device__ __forceinline__ void clear_output() {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0;
+        pin_registers(o);  // zero before a product starts
+    }
     __device__ __forceinline__ void await_product() {
         wgmma_wait<0>();
         pin_registers(o);
