@@ -275,8 +275,11 @@ class MaskedAutoencoder(nn.Module):
             if is_fused
             else self.decoder_norm(x)
         )
+        predicted = self.decoder_pred(x)
+        if not is_fused:
+            return predicted[:, 1:]
         # The gradient of a part of a split needs no zeros to be written into.
-        return self.decoder_pred(x).split((1, x.shape[1] - 1), dim=1)[1]
+        return predicted.split((1, x.shape[1] - 1), dim=1)[1]
 
     def forward_loss(self, img: Tensor, predicted: Tensor, mask: Tensor) -> Tensor:
         """Mean squared difference of the patches that ``mask`` (B, n) counts."""

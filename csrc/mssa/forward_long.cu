@@ -18,12 +18,13 @@ constexpr int kThreads = kGroups * 128;
 template <typename T, int kHeadDim>
 struct LongForward {
     static constexpr int kTileElements = kChunks<kHeadDim> * kTile * kChunkColumns;
+    static constexpr int kTileWords = kChunks<kHeadDim> * kTile * kRowStep;
     static constexpr int kSlots = kHeadDim == 80 ? 4 : 8;
     // Loads issued ahead: a slot is free a visit later than its own, and no group waits for the
     // other at once.
     static constexpr int kAhead = kSlots - 3;
-    static constexpr int kSharedBytes =
-        (kGroups + kSlots) * kTileElements * sizeof(T) + kSwizzleAtomBytes;
+    static constexpr int kSharedBytes = (kGroups + kSlots) * kTileElements * sizeof(T) +
+                                        (1 + 2 * kSlots) * sizeof(Barrier) + kSwizzleAtomBytes;
 };
 
 template <typename T, int kHeadDim>
@@ -34,14 +35,14 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
     using Config = LongForward<T, kHeadDim>;
     constexpr int kSlots = Config::kSlots;
 
-    // shared memory: the block's own tiles, in the end staging, and the ring
+    // shared memory: the block's own tiles, in the end staging, the ring, and barriers
     extern __shared__ char shared[];
-    __shared__ Barrier own_loaded, loaded[kSlots], released[kSlots];
     T* own = reinterpret_cast<T*>(swizzle_aligned(shared));
     T* ring = own + kGroups * Config::kTileElements;
+    auto own_loaded = reinterpret_cast<Barrier*>(ring + kSlots * Config::kTileElements);
+    Barrier *loaded = own_loaded + 1, *released = loaded + kSlots;
     const int group = uniform(threadIdx.x / 128);
     T* w_j = own + group * Config::kTileElements;
-    auto slot_of = [&](int t) { return ring + t % kSlots * Config::kTileElements; };
 
     int tiles = ceil_div(n, kTile), blocks = ceil_div(tiles, kGroups);
     int block = blockIdx.x % blocks;
@@ -60,13 +61,13 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
     auto stream = [&](int t) { return t < first_tile ? t : t + groups; };
     auto load_ahead = [&](int t) {
         if (t >= kSlots) barrier_wait(&released[t % kSlots], (t / kSlots - 1) % 2);
-        load(slot_of(t), stream(t), &loaded[t % kSlots]);
+        load(ring + t % kSlots * Config::kTileElements, stream(t), &loaded[t % kSlots]);
     };
     if (threadIdx.x == 0) {
-        barrier_init(&own_loaded, groups);
+        barrier_init(own_loaded, groups);
         barrier_init_done();
         for (int g = 0; g < groups; ++g) {
-            load(own + g * Config::kTileElements, first_tile + g, &own_loaded);
+            load(own + g * Config::kTileElements, first_tile + g, own_loaded);
         }
         for (int slot = 0; slot < kSlots; ++slot) {
             barrier_init(&loaded[slot], 1);
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
     }
     __syncthreads();
     if (group >= groups) return;
-    barrier_wait(&own_loaded, 0);
+    barrier_wait(own_loaded, 0);
 
     ForwardTile<T, kHeadDim> tile(w_j, kTile, scale);
     tile.begin(tile_j * kTile, n, causal);
@@ -85,10 +86,11 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
         tile.visit(low_word(own + (1 - group) * Config::kTileElements),
                    (first_tile + 1 - group) * kTile, n);
     }
+    const uint32_t ring_words = low_word(ring);
     for (int t = 0; t < streamed; ++t) {
         if (threadIdx.x == 0 && t + Config::kAhead < streamed) load_ahead(t + Config::kAhead);
         barrier_wait(&loaded[t % kSlots], t / kSlots % 2);
-        tile.visit(low_word(slot_of(t)), stream(t) * kTile, n);
+        tile.visit(ring_words + t % kSlots * Config::kTileWords, stream(t) * kTile, n);
         // What was visited before has gone into o.
         if (t > 0 && threadIdx.x % 32 == 0) barrier_arrive(&released[(t - 1) % kSlots]);
     }
@@ -102,9 +104,9 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
         int end = causal ? first_tile + groups : tiles;
         for (int i = 0; i < 2 * end; ++i) {  // all of them twice
             if (threadIdx.x % 128 == 0) {    // what each group arrives with and waits for
-                group == 0 ? load(ring, i % end, &own_loaded) : barrier_arrive(&own_loaded);
+                group == 0 ? load(ring, i % end, own_loaded) : barrier_arrive(own_loaded);
             }
-            barrier_wait(&own_loaded, (i + 1) % 2);
+            barrier_wait(own_loaded, (i + 1) % 2);
             if (i == end) again.end_search();
             if (!causal || i % end <= tile_j) {
                 i < end ? again.search(ring, i * kTile) : again.visit(ring, (i - end) * kTile);
