@@ -87,7 +87,8 @@ struct Backward {
     static constexpr bool kOverlap = kSlots > 2;
     static constexpr int kAhead = kSlots - (kOverlap ? 2 : 1);  // loads issued ahead
     static constexpr int kLoadBytes = 2 * kTileElements * sizeof(T) + sizeof(RowStatistics);
-    static constexpr int kSharedBytes = (1 + kSlots) * kLoadBytes + kSwizzleAtomBytes;
+    static constexpr int kSharedBytes =
+        (1 + kSlots) * (kLoadBytes + 2 * sizeof(Barrier)) + kSwizzleAtomBytes;
 };
 
 template <typename T, int kHeadDim>
@@ -102,11 +103,12 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
 
     // shared memory: slot 0 is the block's own tile, for good, and in the end its staging
     extern __shared__ char shared[];
-    __shared__ Barrier loaded[1 + kSlots], released[1 + kSlots];
     T* tiles_w = reinterpret_cast<T*>(swizzle_aligned(shared));
     T* tiles_grad_o = tiles_w + (1 + kSlots) * Config::kTileElements;
     auto tile_stats =
         reinterpret_cast<RowStatistics*>(tiles_grad_o + (1 + kSlots) * Config::kTileElements);
+    auto loaded = reinterpret_cast<Barrier*>(tile_stats + 1 + kSlots);
+    Barrier* released = loaded + 1 + kSlots;
 
     int tiles = ceil_div(n, kTile), tile_j = blockIdx.x % tiles;
     int head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
@@ -167,8 +169,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
         tile.store(tiles_w, &grad_w_map, head, tile_j * kTile, batch);
         return;
     }
-    bool any_row = tile_j * kTile + warp * 16 < n;  // of this warp
-    BackwardTile<T, kHeadDim> tile(tiles_w, tiles_grad_o, tile_stats[0], scale, any_row);
+    BackwardTile<T, kHeadDim> tile(tiles_w, tiles_grad_o, tile_stats[0], scale);
     auto visit_slot = [&](auto part, auto columns, int slot) {
         tile.template visit<decltype(columns)::value, decltype(part)::value>(
             tiles_w + slot * Config::kTileElements, tiles_grad_o + slot * Config::kTileElements,
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
     tile.finish();
 
     __syncthreads();  // nobody reads w_j any more
-    if (any_row) {
+    if (tile_j * kTile + warp * 16 < n) {
         store_rows<kHeadDim>(tile.dw, 1.f, 1.f,
                              tiles_w + warp * (kChunks<kHeadDim> * 16 * kChunkColumns), &grad_w_map,
                              head, tile_j * kTile + warp * 16, batch);

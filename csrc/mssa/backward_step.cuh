@@ -60,11 +60,10 @@ struct BackwardTile {
     Lane lane;
     float lse_0, lse_1, inverse_0, inverse_1, delta_0, delta_1;  // of the thread's rows; 1 / weight
     bool weights_hold;
-    bool any_row;  // of this warp's exists
     float scale;
 
     __device__ __forceinline__ BackwardTile(const T* w_j, const T* grad_o_j,
-                                            const RowStatistics& rows, float scale, bool any_row)
+                                            const RowStatistics& rows, float scale)
         : ds{},
           w_j(w_j, kTile),
           grad_o_j(grad_o_j, kTile),
@@ -75,7 +74,6 @@ struct BackwardTile {
           delta_0(rows.delta[lane.row]),
           delta_1(rows.delta[lane.row + 8]),
           weights_hold(rows.weights_hold),
-          any_row(any_row),
           scale(scale) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) dw[i] = 0;
@@ -140,15 +138,10 @@ struct BackwardTile {
                 }
             }
         };
-        if (any_row) {
-            if (weights_hold && stats_i.weights_hold) {
-                round_probabilities(std::true_type());
-            } else {
-                round_probabilities(std::false_type());
-            }
+        if (weights_hold && stats_i.weights_hold) {
+            round_probabilities(std::true_type());
         } else {
-#pragma unroll
-            for (int i = 0; i < kColumns / 4; ++i) p_ji[i] = p_ij[i] = 0;
+            round_probabilities(std::false_type());
         }
         if constexpr (kSeen) {
             wgmma_fence();
