@@ -143,14 +143,15 @@ void bind_attention(py::module_& module) {
 
     module.def(
         "output_gradient",
-        [](Pointer dy, Pointer w_out, Pointer o, Pointer grad_o, Pointer delta, int64_t rows, int d,
-           int heads, const std::string& dtype, Pointer stream) {
+        [](Pointer dy, Pointer w_out, Pointer o, Pointer grad_o, Pointer delta, Pointer sums,
+           int64_t rows, int d, int heads, const std::string& dtype, Pointer stream) {
             const OutputGradient args{
                 .dy = at<const void>(dy),
                 .w_out = at<const void>(w_out),
                 .o = at<const void>(o),
                 .grad_o = at<void>(grad_o),
                 .delta = at<float>(delta),
+                .sums = at<float>(sums),
                 .rows = rows,
                 .d = d,
                 .heads = heads,
@@ -159,8 +160,10 @@ void bind_attention(py::module_& module) {
             output_gradient(args, stream_at(stream));
         },
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("dy"), py::arg("w_out"),
-        py::arg("o"), py::arg("grad_o"), py::arg("delta"), py::arg("rows"), py::arg("d"),
-        py::arg("heads"), py::arg("dtype"), py::arg("stream"));
+        py::arg("o"), py::arg("grad_o"), py::arg("delta"), py::arg("sums"), py::arg("rows"),
+        py::arg("d"), py::arg("heads"), py::arg("dtype"), py::arg("stream"));
+
+    module.def("output_gradient_sums", &output_gradient_sums, py::kw_only(), py::arg("rows"));
 
     module.def("attention_backward_scratch", &attention_backward_scratch, py::kw_only(),
                py::arg("batch"), py::arg("n"), py::arg("heads"));

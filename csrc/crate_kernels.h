@@ -55,18 +55,21 @@ struct ResidualProjection {
 void residual_projection(const ResidualProjection& args, cudaStream_t stream);
 
 // dO = dy V, and delta = rowsum(dO * O) of each head: what comes before attention_backward where o
-// was projected by V. head_dim is 64; rows are contiguous, pointers multiples of 16 bytes.
+// was projected by V. And the gradient of a bias behind that, as far as sums over 64 rows of dy.
+// head_dim is 64; rows are contiguous, pointers multiples of 16 bytes.
 struct OutputGradient {
     const void* dy;     // (rows, d), float16 or bfloat16
     const void* w_out;  // V: (d, heads * 64)
     const void* o;      // (rows, heads * 64)
     void* grad_o;       // as o
     float* delta;       // (heads, rows)
+    float* sums;        // (output_gradient_sums(rows), d), or null
     int64_t rows;
     int d, heads;
     Dtype dtype;
 };
 void output_gradient(const OutputGradient& args, cudaStream_t stream);
+int64_t output_gradient_sums(int64_t rows);
 
 // dw = P^T dO + scale (dS + dS^T) w, dS = P * (dP - delta), dP = dO w^T, delta = rowsum(dO * O).
 struct AttentionBackward {

@@ -147,7 +147,7 @@ def _backward(
     dw_qkv = dw_out = dweight = None
     sums = {}
     if backend == "cuda":
-        do, sums["delta"] = kernels.output_gradient(dy, minus_out, o, heads)
+        do, sums["delta"], _ = kernels.output_gradient(dy, minus_out, o, heads)
     else:
         do = dy @ minus_out
     if wanted["w_out"]:

@@ -456,7 +456,7 @@ def _backward(
     if w_out is None:
         do = dz
     elif attention == "cuda":
-        do, sums["delta"] = kernels.output_gradient(dz, wc_out, o, heads)
+        do, sums["delta"], _ = kernels.output_gradient(dz, wc_out, o, heads)
     else:
         do = dz @ wc_out
     if memory == "low":

@@ -262,7 +262,7 @@ def sum_partials_kernel(
     PARTIALS, OUT0, OUT1, OUT2, n_parts,
     D: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OUT0, OUT1 and, of SUMS = 3, OUT2 (D,): PARTIALS (n_parts, SUMS, D) summed over the parts."""
+    """OUT0, OUT1, OUT2 (D,), as many as SUMS: PARTIALS (n_parts, SUMS, D) summed over the parts."""
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1)
     total = tl.zeros((PARTS, BLOCK), tl.float32)
@@ -273,9 +273,10 @@ def sum_partials_kernel(
     sums = tl.sum(total, 0)
     if which == 0:
         tl.store(OUT0 + col, sums.to(OUT0.dtype.element_ty), mask=col < D)
-    if which == 1:
-        tl.store(OUT1 + col, sums.to(OUT1.dtype.element_ty), mask=col < D)
-    # Apart, since SUMS decides while compiling: OUT2 may be None.
+    # Apart, since SUMS decides while compiling: OUT1 and OUT2 may be None.
+    if SUMS > 1:  # noqa: SIM102
+        if which == 1:
+            tl.store(OUT1 + col, sums.to(OUT1.dtype.element_ty), mask=col < D)
     if SUMS > 2:  # noqa: SIM102
         if which == 2:
             tl.store(OUT2 + col, sums.to(OUT2.dtype.element_ty), mask=col < D)
@@ -419,8 +420,8 @@ def normalise_backward(
     return dz, h, *sum_partials(partials)
 
 
-def sum_partials(partials: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(parts, 2 or 3, D) summed over the parts, in order: two or three of (D,)."""
+def sum_partials(partials: Tensor) -> tuple[Tensor, Any, Any]:
+    """(parts, 1 to 3, D) summed over the parts, in order: as many of (D,), then None."""
     parts, n_sums, d = partials.shape
     sums: Any = [torch.empty(d, dtype=torch.float32, device=partials.device) for _ in range(n_sums)]
     sums += [None] * (3 - n_sums)

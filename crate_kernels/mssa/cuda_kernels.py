@@ -122,32 +122,42 @@ def residual_projection(
 
 
 def output_gradient(
-    dy: Tensor, w_out: Tensor, o: Tensor, heads: int
-) -> tuple[Tensor, Tensor | None]:
-    """do = dy w_out of y = o w_out^T; and rowsum(do * o), (heads, B, N), where a kernel makes both.
+    dy: Tensor, w_out: Tensor, o: Tensor, heads: int, wants_sum: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """do = dy w_out of y = o w_out^T; and, where one kernel makes all, rowsum(do * o), (heads, B,
+    N), and if wanted the sum of dy over its rows, (D,).
 
     That is the GEMM of csrc/ista, for a head_dim of 64 and where the backward pass wants the sums.
     """
     batch, n, width = o.shape
     d = dy.shape[-1]
     if width != 64 * heads or n <= 64 or d % 8 != 0 or batch == 0:
-        return dy @ w_out, None
+        return dy @ w_out, None, None
     do, delta = torch.empty_like(o), o.new_empty(heads, batch, n, dtype=torch.float32)
     dy, w_out = readable(dy), readable(w_out)
+    kernels = cuda_extension.load()
+    sums = None
+    if wants_sum:
+        sums = delta.new_empty(kernels.output_gradient_sums(rows=batch * n), 1, d)
     with on_device_of(o):
-        cuda_extension.load().output_gradient(
+        kernels.output_gradient(
             dy=dy.data_ptr(),
             w_out=w_out.data_ptr(),
             o=o.data_ptr(),
             grad_o=do.data_ptr(),
             delta=delta.data_ptr(),
+            sums=0 if sums is None else sums.data_ptr(),
             rows=batch * n,
             d=d,
             heads=heads,
             dtype=cuda_extension.DTYPES[o.dtype],
             stream=stream_of(o),
         )
-    return do, delta
+    if sums is None:
+        return do, delta, None
+    from ..block.triton_kernels import sum_partials
+
+    return do, delta, sum_partials(sums)[0]
 
 
 def _options(w: Tensor, heads: int, scale: float, causal: bool) -> dict[str, Any]:

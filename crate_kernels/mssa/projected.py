@@ -1,8 +1,8 @@
 """Tied attention and its output projection as one op, for the GEMM that makes dO and delta at once.
 
 o_h = softmax(scale w_h w_h^T) w_h,  y = o W_out^T + b
-dO = dy W_out, delta = rowsum(dO * O) of each head              one GEMM of csrc/mssa
-dW_out = dy^T o,  db = sum dy,  dw from dO and delta            docs/mssa.md
+dO = dy W_out, delta = rowsum(dO * O) of each head, db = sum dy    one GEMM of csrc/mssa
+dW_out = dy^T o,  dw from dO and delta                             docs/mssa.md
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ def _backward(
 
     wants_w, wants_weight, wants_bias = wants
     dw, dw_out, db_out = (w.new_empty(0) for _ in wants)
-    kernels, dy = _kernels(backend), dy.contiguous()
+    kernels, dy, db = _kernels(backend), dy.contiguous(), None
     if wants_w and backend == "cuda":
-        do, delta = kernels.output_gradient(dy, w_out.to(w.dtype), o, heads)
+        do, delta, db = kernels.output_gradient(dy, w_out.to(w.dtype), o, heads, wants_bias)
         dw = kernels.backward(do, w, o, lse, heads, scale, causal, delta)
     elif wants_w:
         dw = kernels.backward(dy @ w_out.to(w.dtype), w, o, lse, heads, scale, causal)
     if wants_weight:
         dw_out = sum_over_tokens(dy, o, w_out.dtype)
     if wants_bias:
-        db_out = dy.flatten(0, -2).sum(0, dtype=wide_dtype(w.dtype))
+        db_out = dy.flatten(0, -2).sum(0, dtype=wide_dtype(w.dtype)) if db is None else db
     return [dw, dw_out, db_out]
 
 

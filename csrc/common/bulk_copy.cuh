@@ -8,6 +8,20 @@
 
 namespace crate_kernels {
 
+// Whether the calling thread is the one that goes on alone, of its warp, all of which calls. Copies
+// behind it are issued once; behind a comparison of threadIdx.x the compiler loops over threads.
+__device__ __forceinline__ bool elect_one() {
+    uint32_t elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xFFFFFFFF;\n"
+        "selp.b32 %0, 1, 0, elected;\n"
+        "}\n"
+        : "=r"(elected));
+    return elected;
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

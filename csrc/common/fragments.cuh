@@ -9,6 +9,13 @@
 
 namespace crate_kernels {
 
+// A word of shared memory. Those asked for one after another are on their way together.
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+    uint32_t word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+
 // Four 8 x 8 matrices of 2-byte elements: lane 8 i + r has the shared-memory address of row r of
 // the i-th, and receives elements 2 (lane % 4) and the next of row lane / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {

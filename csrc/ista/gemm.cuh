@@ -6,7 +6,8 @@
 //     backward  dx = c + g b,            b = G^T, c = g      g = dy where the bits say so
 //     plain     dx = c + a b,            a = c = g, b = G^T  the same where dy comes as g
 //     weight    M  = sum of a^T b,       a = x, b = g        one sum for each part of the tokens
-//     row sums  dO = a b,                a = dy, b = V       rowsum(dO * c) of each head, c = O
+//     row sums  dO = a b,                a = dy, b = V       rowsum(dO * c) of each head, c = O;
+//                                                            sums of the rows of a
 //     normed    w  = rstd (a b - mean s) + f, a = x, b = (U diag(gamma))^T, s its column sums
 //     residual  z  = c + a b + f, a = o, b = V^T, c = x      and moments
 //
@@ -143,6 +144,50 @@ struct Turn {
         if (!last) arrive_among(3 + (consumer ^ 1), 2 * 128);
     }
 };
+
+// The sums over 64 rows of A, by one warp. Each tile of the output that has these rows sums its
+// share of the k.
+template <typename Config>
+__device__ __forceinline__ void sum_rows_of_a(const GemmParams& p, GemmShared<Config> shared,
+                                              int half) {
+    Schedule schedule(p);
+    StageRelease release(p, shared, schedule.rank);
+    RingPosition at;
+    int lane = threadIdx.x % 32, shares = ceil_div(p.n, Config::kBlockN);
+    uint32_t position = shared_address(shared.a(0)) + half * Config::kChunkBytes + lane * 4;
+    for (; !schedule.done(p); schedule.advance(p)) {
+        Tile tile = schedule.tile(p);
+        bool exists = tile.m_block < p.m_blocks && tile.n_block < shares;
+        int next = exists ? tile.n_block : p.k_blocks;
+#pragma unroll 1
+        for (int k = 0; k < p.k_blocks; ++k) {
+            barrier_wait(shared.loaded(at.slot), at.parity);
+            if (k == next) {
+                next += shares;
+                float2 sum = {};
+                uint32_t rows = position + at.slot * Config::kBytesA;
+#pragma unroll 1
+                for (int row = 0; row < 64; row += 8, rows += 8 * 128) {
+                    uint32_t x[8];
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) x[i] = load_shared_word((rows ^ i * 16) + i * 128);
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        float2 of_row = unpack<typename Config::T>(x[i]);
+                        sum.x += of_row.x;
+                        sum.y += of_row.y;
+                    }
+                }
+                int column = k * kBlockK + 2 * lane;
+                float* to = p.sums_of_a + int64_t(2 * tile.m_block + half) * p.k + column;
+                if (column < p.k) *reinterpret_cast<float2*>(to) = sum;
+            }
+            __syncwarp();
+            release(at.slot);
+            at.advance<Config::kStages>();
+        }
+    }
+}
 
 // A tile's products, A from shared memory.
 template <typename Config>
@@ -313,9 +358,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
         prefetch_map(&p.a);
         prefetch_map(&p.b);
         int blocks = p.m_per_cluster * p.n_per_cluster;
+        int readers = 4 + (p.sums_of_a ? Config::kSummingWarps : 0);  // the consumer's warps first
         for (int stage = 0; stage < Config::kStages; ++stage) {
             barrier_init(shared.loaded(stage), 1);
-            barrier_init(shared.free(stage), 4 * blocks);  // from each warp of the consumer
+            barrier_init(shared.free(stage), readers * blocks);
         }
         for (int slot = 0; slot < 2 * Config::kBuffers; ++slot) {
             barrier_init(shared.part_loaded(0, slot), 1);
@@ -330,6 +376,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Config::kThreads, 1)
     if (warpgroup == 2) {
         give_up_registers<24>();
         if (threadIdx.x == 2 * 128) produce<Config>(p, shared);
+        if constexpr (Config::kSummingWarps > 0) {
+            int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0) - 9;
+            if (p.sums_of_a && warp >= 0 && warp < Config::kSummingWarps) {
+                sum_rows_of_a<Config>(p, shared, warp);
+            }
+        }
     } else {
         take_registers<240>();
         consume<Config>(p, shared, warpgroup);

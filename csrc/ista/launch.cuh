@@ -18,7 +18,7 @@ struct GemmOperands {
     int64_t m, n, k;
     Dtype dtype, out_dtype;
     float threshold = 0, alpha = 1;
-    float* row_sums = nullptr;
+    float *row_sums = nullptr, *sums_of_a = nullptr;
     float* moments = nullptr;
     const float* row_statistics = nullptr;
     const float *shift = nullptr, *column_sums = nullptr, *column_scales = nullptr;
@@ -54,6 +54,7 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
     if (p.stores_g) p.g = matrix(x.g, x.dtype, x.m, x.n, kBlockM, kBlockK);
     p.mask = x.mask;
     p.row_sums = x.row_sums;
+    p.sums_of_a = x.sums_of_a;
     p.moments = reinterpret_cast<float2*>(x.moments);
     p.row_statistics = reinterpret_cast<const float2*>(x.row_statistics);
     p.shift = x.shift;
@@ -61,6 +62,7 @@ void launch_gemm(const GemmOperands& x, const GemmPlan& plan, cudaStream_t strea
     p.column_scales = x.column_scales;
     p.rows = x.m;
     p.n = x.n;
+    p.k = x.k;
     p.threshold = x.threshold;
     p.alpha = x.alpha;
     p.n_blocks = ceil_div(x.n, kBlockK);

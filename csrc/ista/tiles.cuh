@@ -38,10 +38,11 @@ struct GemmParams {
     bool stores_g;  // the backward pass, where it makes g
     uint32_t* mask;
     float* row_sums;               // (n / 64, rows)
+    float* sums_of_a;              // of each 64 rows of A, over the rows: (2 m_blocks, k); or null
     float2* moments;               // of the output: (tiles of n, rows), as IstaForward has them
     const float2* row_statistics;  // mean and 1 / standard deviation
     const float *shift, *column_sums, *column_scales;  // (n)
-    int rows, n;
+    int rows, n, k;
     int m_blocks, k_blocks, k_blocks_of_part;
     int m_per_cluster, n_per_cluster;  // 2, 1: B is shared. 1, 2: A is. 1, 1: nothing is
     int groups_m, groups_n, units, step;
@@ -75,6 +76,8 @@ struct GemmConfig {
     static constexpr bool kClips = kProduct == Product::kForward ||
                                    kProduct == Product::kNormedForward ||
                                    kProduct == Product::kEncode || kProduct == Product::kRefine;
+    // Two warps that the producer leaves idle may sum the rows of A.
+    static constexpr int kSummingWarps = kProduct == Product::kRowSums ? 2 : 0;
     static constexpr bool kHasMoments =
         (kClips && !kScales && sizeof(Out) == 2) || kProduct == Product::kResidual;
     // dy in float32 comes with a rounded g made before.

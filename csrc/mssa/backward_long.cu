@@ -142,22 +142,27 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
     }
     barrier_wait(&loaded[0], 0);
 
-    // The slot of the t-th streamed tile, once it is there; a later one is on its way.
+    // The slot of the t-th streamed tile, once it is there.
     auto await_streamed = [&](int t) {
-        int slot = 1 + t % kSlots, next = t + Config::kAhead;
-        if (threadIdx.x == 0 && next < tiles - 1) {
-            int next_slot = 1 + next % kSlots;
-            if (next >= kSlots) barrier_wait(&released[next_slot], (next / kSlots - 1) % 2);
-            load(next_slot, stream(next));
-        }
+        int slot = 1 + t % kSlots;
         barrier_wait(&loaded[slot], t / kSlots % 2);
         return slot;
+    };
+    // In its visit, a later one sets out.
+    auto load_ahead = [&](int t) {
+        int next = t + Config::kAhead;
+        if (threadIdx.x == 0 && next < tiles - 1) {
+            int slot = 1 + next % kSlots;
+            if (next >= kSlots) barrier_wait(&released[slot], (next / kSlots - 1) % 2);
+            load(slot, stream(next));
+        }
     };
     int own_rows = n - tile_j * kTile;
     if (!causal && own_rows <= kFewRows) {
         LastRowsBackward<T, kHeadDim> tile(tiles_w, tiles_grad_o, tile_stats[0], scale);
         tile.visit(tiles_w, tiles_grad_o, tile_stats[0], 1, 0);
         for (int t = 0; t < tiles - 1; ++t) {
+            load_ahead(t);
             int slot = await_streamed(t);
             tile.visit(tiles_w + slot * Config::kTileElements,
                        tiles_grad_o + slot * Config::kTileElements, tile_stats[slot], kTile / 16,
@@ -170,11 +175,12 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
         return;
     }
     BackwardTile<T, kHeadDim> tile(tiles_w, tiles_grad_o, tile_stats[0], scale);
-    auto visit_slot = [&](auto part, auto columns, int slot) {
+    auto visit_slot = [&](auto part, auto columns, int slot, auto meanwhile) {
         tile.template visit<decltype(columns)::value, decltype(part)::value>(
             tiles_w + slot * Config::kTileElements, tiles_grad_o + slot * Config::kTileElements,
-            tile_stats[slot]);
+            tile_stats[slot], meanwhile);
     };
+    constexpr std::integral_constant<int, kTile> kWhole;
     auto stream_one = [&](int t, auto visit_it) {
         visit_it(await_streamed(t));
         if (!Config::kOverlap) tile.finish();
@@ -184,13 +190,12 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
     };
     auto visit_streamed = [&](auto part, int from, int to) {
         for (int t = from; t < to; ++t) {
-            stream_one(
-                t, [&](int slot) { visit_slot(part, std::integral_constant<int, kTile>(), slot); });
+            stream_one(t,
+                       [&](int slot) { visit_slot(part, kWhole, slot, [&] { load_ahead(t); }); });
         }
     };
     if (causal) {
-        visit_slot(std::integral_constant<Part, Part::kDiagonal>(),
-                   std::integral_constant<int, kTile>(), 0);
+        visit_slot(std::integral_constant<Part, Part::kDiagonal>(), kWhole, 0, Nothing());
         visit_streamed(std::integral_constant<Part, Part::kAfter>(), 0, tile_j);
         visit_streamed(std::integral_constant<Part, Part::kBefore>(), tile_j, tiles - 1);
     } else {
@@ -198,17 +203,17 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 64 ? 3 : 2)
         constexpr std::integral_constant<Part, Part::kBoth> kBoth;
         int rest = n % kTile, last = tiles - 2;
         bool few = rest > 0 && rest <= 32 && tile_j < tiles - 1;
-        visit_slot(kBoth, std::integral_constant<int, kTile>(), 0);
+        visit_slot(kBoth, kWhole, 0, Nothing());
         visit_streamed(kBoth, 0, few ? last : last + 1);
         tile.finish();
         if (few && rest <= 16) {
             stream_one(last, [&](int slot) {
-                visit_slot(kBoth, std::integral_constant<int, 16>(), slot);
+                visit_slot(kBoth, std::integral_constant<int, 16>(), slot, Nothing());
                 tile.finish();
             });
         } else if (few) {
             stream_one(last, [&](int slot) {
-                visit_slot(kBoth, std::integral_constant<int, 32>(), slot);
+                visit_slot(kBoth, std::integral_constant<int, 32>(), slot, Nothing());
                 tile.finish();
             });
         }

@@ -82,10 +82,11 @@ struct BackwardTile {
     // Adds to dw_j [64, kHeadDim] what kColumns rows i give it:
     //     P_ij^T dO_i + scale (dS_ji + dS_ij^T) w_i
     // The elements of a tile have row j and column i. The last product is left running: its
-    // operands have to stay, ds and w_i, until the next visit or finish.
-    template <int kColumns, Part kPart>
+    // operands have to stay, ds and w_i, until the next visit or finish. Calls `meanwhile` while
+    // the first ones run.
+    template <int kColumns, Part kPart, typename Meanwhile>
     __device__ __forceinline__ void visit(const T* w_i, const T* grad_o_i,
-                                          const RowStatistics& stats_i) {
+                                          const RowStatistics& stats_i, Meanwhile&& meanwhile) {
         constexpr bool kSees = kPart != Part::kBefore;  // P_ji exists
         constexpr bool kSeen = kPart != Part::kAfter;   // P_ij exists
         float s[kColumns / 2], dp_ji[kColumns / 2], dp_ij[kColumns / 2];
@@ -93,12 +94,14 @@ struct BackwardTile {
         constexpr int chunk_bytes = kTile * kChunkColumns * sizeof(T);
         uint32_t w_sum = low_word_transposed(w_i, chunk_bytes);
         uint32_t grad_o_sum = low_word_transposed(grad_o_i, chunk_bytes);
+        const bool by_weights = weights_hold && stats_i.weights_hold;
 
         wgmma_fence();
         multiply_rows<T, kHeadDim, kColumns>(s, w_j, w_rows);
         wgmma_commit();
         if constexpr (kSees) multiply_rows<T, kHeadDim, kColumns>(dp_ji, grad_o_j, w_rows);
         wgmma_commit();
+        meanwhile();
         wgmma_wait<1>();
         pin_registers(s);
         pin_registers(ds);  // of the visit before: not to be written while its product read them
@@ -138,7 +141,7 @@ struct BackwardTile {
                 }
             }
         };
-        if (weights_hold && stats_i.weights_hold) {
+        if (by_weights) {
             round_probabilities(std::true_type());
         } else {
             round_probabilities(std::false_type());

@@ -4,8 +4,8 @@
 // first columns visited; the other row tiles pass through a ring of buffers that the bulk copy
 // engine fills ahead, each loaded once as key and value of both.
 //
-// A row tile in which a row's own score was no reference for its softmax is done again at the end
-// (forward_again.cuh). docs/mssa.md
+// Blocks in which a row's own score was no reference for its softmax do all their rows again at the
+// end (forward_again.cuh). docs/mssa.md
 #include "forward_again.cuh"
 #include "launchers.h"
 
@@ -41,14 +41,17 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
     T* ring = own + kGroups * Config::kTileElements;
     auto own_loaded = reinterpret_cast<Barrier*>(ring + kSlots * Config::kTileElements);
     Barrier *loaded = own_loaded + 1, *released = loaded + kSlots;
-    const int group = uniform(threadIdx.x / 128);
+    const int warp = uniform(threadIdx.x / 32), group = warp / 4;
     T* w_j = own + group * Config::kTileElements;
 
     int tiles = ceil_div(n, kTile), blocks = ceil_div(tiles, kGroups);
-    int block = blockIdx.x % blocks;
-    if (causal) block = blocks - 1 - block;  // the longest first
-    int head = blockIdx.x / blocks % heads, batch = blockIdx.x / blocks / heads;
-    lse += (int64_t)(blockIdx.x / blocks) * n;
+    int block = blockIdx.x % blocks, index = blockIdx.x / blocks;
+    if (causal) {  // the longest of all heads first
+        int all = gridDim.x / blocks;
+        block = blocks - 1 - blockIdx.x / all, index = blockIdx.x % all;
+    }
+    int head = index % heads, batch = index / heads;
+    lse += (int64_t)index * n;
     int first_tile = block * kGroups, tile_j = first_tile + group;
     int groups = min(kGroups, tiles - first_tile);  // with rows
     int streamed = causal ? first_tile : tiles - groups;
@@ -88,9 +91,11 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 80 ? 2 : 1)
     }
     const uint32_t ring_words = low_word(ring);
     for (int t = 0; t < streamed; ++t) {
-        if (threadIdx.x == 0 && t + Config::kAhead < streamed) load_ahead(t + Config::kAhead);
         barrier_wait(&loaded[t % kSlots], t / kSlots % 2);
-        tile.visit(ring_words + t % kSlots * Config::kTileWords, stream(t) * kTile, n);
+        tile.visit(ring_words + t % kSlots * Config::kTileWords, stream(t) * kTile, n, [&] {
+            int next = t + Config::kAhead;
+            if (warp == 0 && next < streamed && elect_one()) load_ahead(next);
+        });
         // What was visited before has gone into o.
         if (t > 0 && threadIdx.x % 32 == 0) barrier_arrive(&released[(t - 1) % kSlots]);
     }

@@ -12,10 +12,10 @@ constexpr int kThreads = 128;
 
 // kOneTile: n <= 64.
 template <typename T, int kHeadDim, bool kOneTile>
-__global__ void __launch_bounds__(kThreads, kHeadDim > 80                ? 2
-                                            : kHeadDim > 64              ? 3
-                                            : kHeadDim <= 64 && kOneTile ? 6
-                                                                         : 4)
+__global__ void __launch_bounds__(kThreads, kHeadDim > 80   ? 2
+                                            : kHeadDim > 64 ? 3
+                                            : kOneTile      ? 6
+                                                            : 4)
     attention_forward_short(const __grid_constant__ CUtensorMap w_map,
                             const __grid_constant__ CUtensorMap o_map, float* lse, int n, int rows,
                             int heads, float scale, int rows_of_block, int ahead) {

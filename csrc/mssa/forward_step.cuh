@@ -48,9 +48,11 @@ struct ForwardTile {
         values = queries.transposed();
         clear_output();
     }
-    // kColumns rows from first_i on, of tile i that has this low word.
-    template <int kColumns = kTile>
-    __device__ __forceinline__ void visit(uint32_t word_i, int first_i, int n) {
+    // kColumns rows from first_i on, of tile i that has this low word; calls `meanwhile` while the
+    // products run.
+    template <int kColumns = kTile, typename Meanwhile = Nothing>
+    __device__ __forceinline__ void visit(uint32_t word_i, int first_i, int n,
+                                          Meanwhile&& meanwhile = {}) {
         float s[kColumns / 2];
         RowsOperand keys = queries;
         keys.base = word_i;
@@ -58,6 +60,7 @@ struct ForwardTile {
         multiply_rows<T, kHeadDim, kColumns>(s, queries, keys);
         wgmma_commit();
         add_product<T, kHeadDim, kTile>(o, p, values);
+        meanwhile();
         wgmma_wait<1>();
         pin_registers(s);
         mask<kColumns>(s, first_i, 0, n, false);
@@ -92,11 +95,13 @@ struct ForwardTile {
     __device__ __forceinline__ void mask(float (&s)[kColumns / 2], int first_i, int first_j, int n,
                                          bool causal) {
         if (first_i + kColumns > n || causal) {
+            // Of each row, columns 8 (r / 4) + r % 2 from `limit` on.
+            int first = first_i + 2 * lane.pair, j = first_j + lane.row;
+            int limit_0 = (causal ? min(n, j + 1) : n) - first;
+            int limit_1 = (causal ? min(n, j + 9) : n) - first;
 #pragma unroll
             for (int r = 0; r < kColumns / 2; ++r) {
-                int i = first_i + r / 4 * 8 + lane.pair * 2 + r % 2;
-                int j = first_j + lane.row + r / 2 % 2 * 8;
-                if (i >= n || (causal && i > j)) s[r] = -kInfinity;
+                if (r / 4 * 8 + r % 2 >= (r % 4 < 2 ? limit_0 : limit_1)) s[r] = -kInfinity;
             }
         }
     }
@@ -171,13 +176,13 @@ struct ForwardTile {
                                           int head, int batch, int first_j, int n) {
         int warp = threadIdx.x / 32 % 4;
         if (first_j + warp * 16 >= n) return;
-        store_rows<kHeadDim>(o, 1 / sum_0, 1 / sum_1,
+        store_rows<kHeadDim>(o, reciprocal_approx(sum_0), reciprocal_approx(sum_1),
                              staging + warp * (kChunks<kHeadDim> * 16 * kChunkColumns), o_map, head,
                              first_j + warp * 16, batch);
         if (lane.pair == 0) {
             int row = first_j + lane.row;
-            if (row < n) lse[row] = (reference_0 + __log2f(sum_0)) / kLog2E;
-            if (row + 8 < n) lse[row + 8] = (reference_1 + __log2f(sum_1)) / kLog2E;
+            if (row < n) lse[row] = kLn2 * (reference_0 + log2_approx(sum_0));
+            if (row + 8 < n) lse[row + 8] = kLn2 * (reference_1 + log2_approx(sum_1));
         }
     }
 };

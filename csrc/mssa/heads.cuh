@@ -64,6 +64,11 @@ void dispatch(Dtype dtype, int head_dim, Run&& run) {
 
 // ---- device
 
+// What to do while products run, where there is nothing to do.
+struct Nothing {
+    __device__ __forceinline__ void operator()() const {}
+};
+
 // Dynamic shared memory from its first multiple of 1024 bytes on.
 __device__ __forceinline__ char* swizzle_aligned(char* shared) {
     return shared + (-shared_address(shared) & (kSwizzleAtomBytes - 1));

@@ -105,10 +105,10 @@ __device__ __forceinline__ bool finish_last_rows(const HeadOnChip<T>& of) {
         int column = i / 2 * 8 + place.pair * 2 + i % 2;
         float total = 0;
         for (int w = 0; w < 4; ++w) total += shares[w][column];
-        inverse[i] = 1 / total;
+        inverse[i] = reciprocal_approx(total);
         if (column >= own) continue;
         trusted &= ForwardTile<T, kHeadDim>::is_safe(total);
-        if (threadIdx.x < 4) of.lse[whole + column] = (reference[i] + __log2f(total)) / kLog2E;
+        if (threadIdx.x < 4) of.lse[whole + column] = kLn2 * (reference[i] + log2_approx(total));
     }
     __syncthreads();  // the products have read P, where the output goes
 #pragma unroll

@@ -1,5 +1,6 @@
 // dO = dy V and delta = rowsum(dO * O) of each head of 64, by the GEMM of ISTA: O comes into its
-// epilogue, so that no pass over dO and O is left. docs/mssa.md
+// epilogue, so that no pass over dO and O is left. Idle warps sum the rows of dy as they come by.
+// docs/mssa.md
 #include "../ista/launch.cuh"
 
 namespace crate_kernels {
@@ -16,8 +17,11 @@ void output_gradient(const OutputGradient& args, cudaStream_t stream) {
                           .k = args.d,
                           .dtype = args.dtype,
                           .out_dtype = args.dtype,
-                          .row_sums = args.delta};
+                          .row_sums = args.delta,
+                          .sums_of_a = args.sums};
     launch_gemm<Product::kRowSums>(operands, whole_plan(operands), stream);
 }
+
+int64_t output_gradient_sums(int64_t rows) { return 2 * ceil_div(rows, kBlockM); }
 
 }  // namespace crate_kernels

@@ -162,23 +162,28 @@ def test_gradient_of_a_norm(d, rows, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 197, 6, 384), (1, 65, 1, 8), (40, 200, 12, 768)], ids=str)
 def test_gradient_and_row_sums_of_one_gemm(shape, dtype):
-    """dO = dy V and rowsum(dO * O) of each head."""
+    """dO = dy V, rowsum(dO * O) of each head, and the sum of dy over its rows."""
     kernels = pytest.importorskip("crate_kernels.mssa.cuda_kernels")
     batch, n, heads, d = shape
     dy = torch.randn(batch, n, d, device="cuda").to(dtype)
     w_out = (d**-0.5 * torch.randn(d, heads * 64, device="cuda")).to(dtype)
     o = torch.randn(batch, n, heads * 64, device="cuda").to(dtype)
 
-    def both(dy, w_out, o):
+    def everything(dy, w_out, o):
         do = dy @ w_out
         sums = (do.to(torch.promote_types(do.dtype, torch.float32)) * o).unflatten(2, (heads, 64))
-        return {"do": do, "delta": sums.sum(-1).permute(2, 0, 1)}
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        db = dy.flatten(0, 1).sum(0, dtype=wide)
+        return {"do": do, "delta": sums.sum(-1).permute(2, 0, 1), "db": db}
 
-    do, delta = kernels.output_gradient(dy, w_out, o, heads)
-    again = kernels.output_gradient(dy, w_out, o, heads)
-    assert torch.equal(again[0], do) and torch.equal(again[1], delta)
-    exact = both(dy.double(), w_out.double(), o.double())
-    assert_as_close_as_plain({"do": do, "delta": delta}, both(dy, w_out, o), exact, shape)
+    do, delta, db = kernels.output_gradient(dy, w_out, o, heads, wants_sum=True)
+    for again in (kernels.output_gradient(dy, w_out, o, heads, wants_sum=True) for _ in range(5)):
+        assert all(torch.equal(a, b) for a, b in zip(again, (do, delta, db), strict=True))
+    without, *_, none = kernels.output_gradient(dy, w_out, o, heads)
+    assert torch.equal(without, do) and none is None
+    got = {"do": do, "delta": delta, "db": db}
+    exact = everything(dy.double(), w_out.double(), o.double())
+    assert_as_close_as_plain(got, everything(dy, w_out, o), exact, shape)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -237,12 +242,17 @@ def test_projection_with_residual_and_moments(shape, dtype, with_bias):
     assert_as_close_as_plain(got, {"z": in_dtype, **plain_stats}, exact, shape)
 
 
+@pytest.mark.parametrize("along", [0, 1.5])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 197, 768, 12), (1, 256, 768, 12), (3, 65, 384, 6), (4, 197, 576, 12)]
 )
-def test_encoder_of_few(shape, dtype):
-    """Three layers as one kernel; of 4x197x576 more row tiles than clusters run at once."""
+def test_encoder_of_few(shape, dtype, along):
+    """Three layers as one kernel; of 4x197x576 more row tiles than clusters run at once.
+
+    ``along``: how far U goes along one direction, by which tokens differ in length, so that rows of
+    the attention have to be done again.
+    """
     from crate_kernels import cuda_extension
 
     if reasons := cuda_extension.against("cuda", torch.cuda.current_device()):
@@ -260,6 +270,8 @@ def test_encoder_of_few(shape, dtype):
     layers = []
     for _ in range(3):
         gamma, beta, u = vector(1), vector(), matrix()
+        one_direction = torch.outer(torch.randn(d, device="cuda"), torch.randn(d, device="cuda"))
+        u = (u.float() + along * d**-0.5 * one_direction).to(dtype)
         folded_qkv = triton_kernels.fold(u, gamma, beta, dtype)
         folded_gram = triton_kernels.fold_gram(matrix(0.1), gamma, beta)
         layers.append(LayerOfFew(*folded_qkv, matrix(), vector(), *folded_gram))

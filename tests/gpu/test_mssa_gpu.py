@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -140,6 +141,42 @@ def test_tokens_far_larger_than_the_rest(dtype, n, causal):
     w[:, ::7] *= 6
     for scale in (None, 1.0):
         check(w, do, "cuda", scale=scale, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", backends.CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "n"), [(2, 50), (2, 197), (100, 197), (2, 256), (2, 333), (2, 1100)]
+)
+def test_rows_done_again(batch, n, causal, head_dim, dtype):
+    """Forward alone, where heads are few and many: tokens beside one of 24 times their length."""
+    skip_unfit("cuda", dtype, head_dim)
+    w, _ = tokens(batch, n, 3, head_dim, dtype)
+    beside = w[:, 1::7]
+    w[:, 0 : n - 1 : 7] = 24 * beside
+
+    def with_lse(w):
+        heads = w.unflatten(2, (3, head_dim)).transpose(1, 2)
+        scores = heads @ heads.mT * head_dim**-0.5
+        if causal:
+            scores = scores.masked_fill(
+                torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf
+            )
+        return {"y": published_attention(w, heads=3, causal=causal), "lse": scores.logsumexp(-1)}
+
+    exact = with_lse(w.double())
+    own = w.double().unflatten(2, (3, head_dim)).square().sum(-1) * head_dim**-0.5
+    assert (exact["lse"].mT - own).max() > 60 * math.log(
+        2
+    )  # bfloat16's sums are trusted up to there
+    options = (3, head_dim**-0.5, causal)
+    o, lse = _kernels("cuda").forward(w, *options)
+    plain = {"y": published_attention(w, heads=3, causal=causal), "lse": with_lse(w.float())["lse"]}
+    assert_as_close_as_plain({"y": o, "lse": lse}, plain, exact, (w.shape, dtype, causal))
+    for _ in range(REPEATS):
+        again, lse_again = _kernels("cuda").forward(w, *options)
+        assert torch.equal(again, o) and torch.equal(lse_again, lse)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
