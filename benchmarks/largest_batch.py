@@ -3,8 +3,8 @@
     python -m benchmarks.largest_batch --model crate_large
 
 One training step is forward, backward and fused AdamW under bfloat16 autocast, as in ``python -m
-crate_kernels bench --suite model``. The peak memory of two small batches tells which batch should
-just fit; from there the batch goes down, or up, in steps of 8 until one fits and the next does not.
+crate_kernels bench --suite model``. The peak memory of the two largest batches that fit tells which
+should just fit, until one fits and none larger by 8 or a 64th does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from crate_kernels.bench import peers, workloads
 from crate_kernels.bench.model_cases import ModelCase
 
-STEP, FIRST = 8, 32
+STEP, FIRST, PARTS = 8, 64, 64
 GIB = 2.0**30
 
 
@@ -43,7 +43,7 @@ def peak(model: str, name: str, batch: int) -> float | None:
 
 
 def largest(fits: Callable[[int], float | None], memory: float) -> int:
-    """The largest multiple of STEP for which ``fits`` gives a number.
+    """A batch for which ``fits`` gives a number, while none STEP or 1 / PARTS larger fits.
 
     Raises:
         RuntimeError: not even a batch of 2 * FIRST fits.
@@ -51,15 +51,23 @@ def largest(fits: Callable[[int], float | None], memory: float) -> int:
     small, double = fits(FIRST), fits(2 * FIRST)
     if small is None or double is None:
         raise RuntimeError(f"largest_batch: expected batches of {2 * FIRST} to fit, they do not")
-    per_item = max(1.0, (double - small) / FIRST)
-    batch = max(2 * FIRST, int((memory - small) / per_item + FIRST) // STEP * STEP)
-    if fits(batch) is not None:
-        while fits(batch + STEP) is not None:
-            batch += STEP
-        return batch
-    while fits(batch - STEP) is None:
-        batch -= STEP
-    return batch - STEP
+    fitting, above, below = [(FIRST, small), (2 * FIRST, double)], 0, 0
+    while True:
+        (a, bytes_a), (b, bytes_b) = fitting[-2:]
+        step = max(STEP, b // PARTS // STEP * STEP)
+        if above and above - b <= step:
+            return b
+        batch = b + int((memory - bytes_b) / max(1.0, (bytes_b - bytes_a) / (b - a)))
+        if above:
+            below = max(STEP, above // PARTS, 2 * below)  # farther at each failure
+            batch = min(batch, above - below)
+        batch = max(batch // STEP * STEP, b + step)
+        used = fits(batch)
+        if used is None:
+            above = batch
+        else:
+            fitting.append((batch, used))
+            below = 0
 
 
 def main(argv: list[str] | None = None) -> int:

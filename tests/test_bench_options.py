@@ -140,6 +140,7 @@ def test_the_command_repeats_the_run(argv: str) -> None:
     [
         ("", ("eager", "sdpa", "crate_kernels")),
         ("--peers compile", ("compile", "crate_kernels")),
+        ("--peers crate_kernels compile", ("crate_kernels", "compile")),
         ("--versus sdpa-flash", ("sdpa-flash", "eager", "sdpa", "crate_kernels")),
     ],
 )

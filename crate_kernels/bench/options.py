@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--causal", action="store_true", help="core, mssa and masks")
     add("--backend", choices=backend_names, default="auto", help="of our ops")
     add("--peers", nargs="+", choices=all_names(), metavar="PEER",
-        help=f"instead of the suite's own, out of: {', '.join(all_names())}")
+        help="instead of the suite's own; ours are added where none is named. Out of: "
+        f"{', '.join(all_names())}")
     add("--versus", default="", choices=all_names(), metavar="PEER",
         help="the peer that speedups are against; default: the fastest")
     add("--quick", action="store_true", help="fewer and smaller workloads")
@@ -182,7 +183,8 @@ def candidates_for(w: Workload, device_type: str, args: argparse.Namespace) -> l
     if args.quick and w.suite == "model":
         names = list(CANDIDATES["cpu"]["model"])
     if args.peers:
-        names = [*args.peers, *(n for n in names if n.startswith(OURS) and n not in args.peers)]
+        ours = [n for n in names if n.startswith(OURS)]
+        names = args.peers if any(n.startswith(OURS) for n in args.peers) else args.peers + ours
     if args.versus and args.versus not in names:
         names.insert(0, args.versus)
     return [candidate(name, args.backend, args.compile_backend) for name in dict.fromkeys(names)]
