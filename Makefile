@@ -13,6 +13,7 @@ python_with = py=$$(tools/python_for.sh $(1)) && set -x
 CHECKERS := torch ruff== mypy== clang-format==
 CSRC = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 BUILDERS := setuptools pybind11 cmake ninja
+IN_PARALLEL := -n auto --maxprocesses 8 -p no:benchmark
 # The CUDA kernels into crate_kernels/, where there is nvcc; setup.py says so where there is not.
 BUILD_DIR = build/$$($$py -c 'import sys; print(sys.implementation.cache_tag)')
 BUILD = $$py setup.py build_ext --inplace --build-temp $(BUILD_DIR)
@@ -28,9 +29,10 @@ build: ## compile the CUDA kernels for this checkout (needs nvcc)
 	@$(call python_with,$(BUILDERS)) && $(BUILD)
 
 test: ## every test that needs no GPU
-	@$(call python_with,torch triton numpy einops sklearn matplotlib tqdm pytest $(BUILDERS)) && \
-	TRITON_INTERPRET=1 $$py -m pytest tests/interpreter -q $(ARGS) && \
-	$$py -m pytest tests -m "not gpu" --ignore=tests/interpreter $(ARGS)
+	@$(call python_with,torch triton numpy einops sklearn matplotlib tqdm pytest xdist $(BUILDERS)) && \
+	export OMP_NUM_THREADS=1 && \
+	TRITON_INTERPRET=1 $$py -m pytest $(IN_PARALLEL) tests/interpreter -q $(ARGS) && \
+	$$py -m pytest $(IN_PARALLEL) tests -m "not gpu" --ignore=tests/interpreter $(ARGS)
 
 gpu-test: ## the tests that need a CUDA device
 	@$(call python_with,torch triton numpy pytest $(BUILDERS)) && \
