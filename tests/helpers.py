@@ -451,7 +451,7 @@ def assert_equal_results(got: Mapping[str, Tensor], want: Mapping[str, Tensor], 
 
 def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
     """Largest and root mean square difference."""
-    difference = got.double() - exact.double()
+    difference = got.detach().double() - exact.detach().double()
     if difference.numel() == 0:
         return 0.0, 0.0
     return float(difference.abs().max()), float(difference.square().mean().sqrt())
